@@ -1,0 +1,140 @@
+"""From a configuration to the parts of a run that need no model weights. Shared by train, check and eval."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align.config import AnySource, Config
+from rewards.bus import RewardBus
+from rewards.component import load_component
+from rewards.types import Missing, Objective
+from rollout.prompts import (
+    Rendering,
+    Tokenizer,
+    check_lengths,
+    render_prompts,
+    rows_of_file,
+    rows_of_function,
+    rows_of_hub,
+)
+from rollout.types import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+BUILT_IN_POLICIES = ("arithmetic",)
+
+
+def locate_model(model: str) -> str:
+    """Folder of a built-in or local policy, or the hub name unchanged.
+
+    Raises:
+        ValueError: There is no such built-in policy or folder, or the folder holds no model.
+    """
+    if model.startswith("builtin:"):
+        name = model.removeprefix("builtin:")
+        if name not in BUILT_IN_POLICIES:
+            raise ValueError(f"policy.model: no built-in policy {name!r}; there is {', '.join(BUILT_IN_POLICIES)}")
+        return str(files("align") / "policies" / name)
+    looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1 or Path(model).exists()
+    if not looks_local:
+        return model
+    folder = Path(model).expanduser()
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"policy.model: {model!r} is not a folder with a config.json, nor a hub name such as Qwen/Qwen3-0.6B"
+        )
+    return str(folder)
+
+
+def objectives_of(config: Config) -> list[Objective]:
+    """The objectives in the order of the configuration, which is the order of the columns."""
+    return [
+        Objective(name, o.direction == "maximize", o.bounds, Missing(o.missing)) for name, o in config.objectives.items()
+    ]
+
+
+def build_bus(config: Config, columns: Sequence[str]) -> RewardBus:
+    """Every reward found and checked against the fields of the data. Raises ValueError that names the objective."""
+    components = {}
+    for name, objective in config.objectives.items():
+        try:
+            components[name] = load_component(objective.reward, objective.args, columns)
+        except ValueError as error:
+            raise ValueError(f"objectives.{name}: {error}") from error
+    return RewardBus(components, objectives_of(config))
+
+
+@dataclass(frozen=True)
+class PromptSets:
+    """Prompts to train on, and held-out ones (none when evaluation is off)."""
+
+    train: Sequence[Prompt]
+    evaluation: Sequence[Prompt]
+
+    @property
+    def columns(self) -> list[str]:
+        """Fields that every row of both sets has."""
+        shared = set(self.train[0].columns)
+        return sorted(shared & set(self.evaluation[0].columns) if self.evaluation else shared)
+
+
+def load_prompts(config: Config, tokenizer: Tokenizer, context: int) -> PromptSets:
+    """Read, render and check both prompt sets.
+
+    Args:
+        config: Names the sources.
+        tokenizer: The policy's.
+        context: Tokens that the policy's context holds.
+
+    Raises:
+        ValueError: A source is missing, empty, or has a row that cannot be used; names source and row.
+    """
+    prompts = config.prompts
+    sources = {"train": prompts.train}
+    if config.evaluation.every and prompts.evaluation is not None:
+        sources["evaluation"] = prompts.evaluation
+    loaded: dict[str, list[Prompt]] = {"evaluation": []}
+    for name, source in sources.items():
+        rendering = Rendering(source.prompt, prompts.chat, prompts.system, prompts.chat_template_kwargs)
+        try:
+            loaded[name] = render_prompts(_rows(source), rendering, tokenizer, source.limit)
+            check_lengths(loaded[name], config.rollout.max_tokens, context)
+        except ValueError as error:
+            raise ValueError(f"prompts.{name}: {error}") from error
+    return PromptSets(**loaded)
+
+
+def _rows(source: AnySource) -> Any:
+    if source.type == "hub":
+        return rows_of_hub(source.name, source.subset, source.split)
+    if source.type == "file":
+        return rows_of_file(source.path)
+    return rows_of_function(source.function, source.args)
+
+
+def load_tokenizer(model: str, config: Config) -> tuple["PreTrainedTokenizerBase", int]:
+    """The policy's tokenizer, and the tokens that its context holds. Raises ValueError when they cannot be had."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    options = {"revision": config.policy.revision, "trust_remote_code": config.policy.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **options)
+        model_config = AutoConfig.from_pretrained(model, **options).to_dict()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"policy.model: {model!r} cannot be loaded: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, context_length(model_config)
+
+
+def context_length(model_config: Mapping[str, Any]) -> int:
+    """Tokens that a model's context holds, from its config.json."""
+    text_config = model_config.get("text_config", model_config)
+    for key in ("max_position_embeddings", "n_positions"):
+        if key in text_config:
+            return int(text_config[key])
+    return sys.maxsize  # the configuration does not say

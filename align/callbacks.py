@@ -1,0 +1,92 @@
+"""Callbacks of transformers' Trainer: when to evaluate and save, the progress bar, and stopping on a signal."""
+
+import signal
+from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather
+from tqdm.auto import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from align.plan import Schedule
+
+
+class StopSignal:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop after the step; a second one stops at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        for handled in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(handled, signal.SIG_DFL)
+        if PartialState().is_main_process:
+            tqdm.write("stopping after this step, with a checkpoint (once more: at once, without)")
+
+
+class ScheduleCallback(TrainerCallback):
+    """Evaluates and saves when the schedule says so, and saves and stops when asked to; all processes together."""
+
+    def __init__(self, schedule: Schedule, stop: StopSignal):
+        self._schedule = schedule
+        self._stop = stop
+        self.stopped = False
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Set the flags that the Trainer acts on next."""
+        self.stopped = self._stop_requested(args.device)
+        control.should_evaluate = self._schedule.evaluates_at(state.global_step)
+        control.should_save = self.stopped or self._schedule.saves_at(state.global_step)
+        control.should_training_stop = control.should_training_stop or self.stopped
+        return control
+
+    def _stop_requested(self, device: torch.device) -> bool:
+        """Whether any process was asked to stop: the signal may reach them within different steps."""
+        return bool(gather(torch.tensor([self._stop.requested], device=device)).any())
+
+
+class ProgressCallback(TrainerCallback):
+    """A progress bar with the mean of every objective, and a line per evaluation."""
+
+    def __init__(self, objectives: Sequence[str], steps: int):
+        self._objectives = objectives
+        self._steps = steps
+        self._bar: tqdm | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Open the bar."""
+        self._bar = tqdm(
+            total=self._steps,
+            initial=state.global_step,
+            desc="train",
+            unit="step",
+            dynamic_ncols=True,
+            disable=args.disable_tqdm or not state.is_world_process_zero,
+        )
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **kwargs: Any
+    ) -> None:
+        """Move the bar, or print an evaluation."""
+        if self._bar is None or not state.is_world_process_zero:
+            return
+        if "eval_hypervolume" in logs:
+            values = "  ".join(f"{name} {logs[f'eval_{name}']:.3f}" for name in self._objectives)
+            tqdm.write(f"step {state.global_step:>5}  held-out: {values}  hypervolume {logs['eval_hypervolume']:.3f}")
+        elif "loss" in logs:
+            means = {name: logs.get(f"objectives/{name}/mean") for name in self._objectives}
+            self._bar.set_postfix({name: f"{mean:.2f}" for name, mean in means.items() if mean is not None}, refresh=False)
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Close the bar."""
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,73 @@
+"""Held-out evaluation: a policy's mean on every objective, with standard errors over prompts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
+
+from align.runlog import sample_rows
+from rewards.bus import RewardBus
+from rewards.types import Objective
+from rollout.sampler import Sampler, SamplingParams
+from rollout.types import Prompt
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Means in raw units, their standard errors, and shares of missing values, by objective name."""
+
+    values: Mapping[str, float]
+    standard_errors: Mapping[str, float]
+    missing: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out samples and their rewards, all processes together.
+
+    Args:
+        raw_PGK: Values in raw units; NaN where missing.
+        rows: One row per sample, as `align.runlog.sample_rows` makes them.
+    """
+
+    raw_PGK: np.ndarray
+    rows: Sequence[Mapping[str, Any]]
+
+
+def evaluate(sampler: Sampler, bus: RewardBus, prompts: Sequence[Prompt], params: SamplingParams, step: int) -> Evaluation:
+    """Sample every prompt and score the samples; every process takes its share and gets the whole.
+
+    Args:
+        sampler: Holds the policy.
+        bus: Scores samples.
+        prompts: P held-out prompts, the same in every process.
+        params: With G samples per prompt and the run's seed, to which the process number is added.
+        step: Written into the rows.
+    """
+    processes = PartialState()
+    mine = prompts[processes.process_index :: processes.num_processes]
+    groups = sampler.sample(mine, replace(params, seed=params.seed + processes.process_index)) if mine else []
+    matrix = bus.score(groups)
+    rows = sample_rows(step, groups, matrix, weights_K=(), advantages_N=())
+    raw_NK = np.concatenate(gather_object([matrix.raw_NK]))
+    return Evaluation(raw_NK.reshape(len(prompts), params.samples_per_prompt, -1), gather_object(rows))
+
+
+def summarize(raw_PGK: np.ndarray, objectives: Sequence[Objective]) -> Summary:
+    """Mean over prompts of the mean over samples; missing values are left out.
+
+    The standard error is that of a mean of P independent prompts, s / sqrt(P) with s the standard deviation (n - 1) of
+    the prompt means: samples of one prompt are not independent. It is NaN with fewer than two prompts, and the mean is
+    NaN without any value.
+    """
+    present = np.ma.masked_invalid(raw_PGK)
+    prompt_means_PK = present.mean(axis=1)
+    counts_K = np.ma.count(prompt_means_PK, axis=0)
+    means_K = np.ma.filled(prompt_means_PK.mean(axis=0), np.nan)
+    errors_K = np.ma.filled(prompt_means_PK.std(axis=0, ddof=1), np.nan) / np.sqrt(np.maximum(counts_K, 1))
+    missing_K = np.isnan(raw_PGK).mean(axis=(0, 1))
+    by_name = [{o.name: float(x) for o, x in zip(objectives, row, strict=True)} for row in (means_K, errors_K, missing_K)]
+    return Summary(*by_name)

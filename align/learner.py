@@ -1,0 +1,368 @@
+"""The seam to TRL: one subclass of GRPOTrainer serves every estimator, scheme and sampler.
+
+TRL keeps its loss, its data loading, accelerate and DeepSpeed; this class hands generation to our sampler and scoring to
+the reward bus, and replaces TRL's advantages by ours. No method body of TRL's is repeated here.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is marked experimental; the version is pinned
+
+import numpy as np
+import torch
+from accelerate.utils import gather, gather_object
+from datasets import Dataset
+from peft import LoraConfig as PeftLoraConfig
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import ProgressCallback as TrainerProgress
+from trl import GRPOConfig, GRPOTrainer
+from trl.models import unwrap_model_for_generation
+
+from align.archive import Archive, ParetoPoint
+from align.build import PromptSets
+from align.checkpoint import STATE_FILE, RunState, checkpoint_name, prune, read_state, write_state
+from align.config import Config
+from align.evaluate import evaluate, summarize
+from align.plan import Plan, Schedule
+from align.runlog import RunFiles
+from align.step import StepRules, take_step
+from align.weighting import Signal, WeightState
+from rewards.bus import RewardBus
+from rewards.types import RewardMatrix
+from rollout.prompts import prompt_order
+from rollout.sampler import Sampler, SamplingParams
+from rollout.types import SampleGroup
+
+TIMINGS = ("step_time", "time/")  # metrics that go to timings.jsonl
+TRL_REWARD_METRICS = ("reward", "reward_std", "frac_reward_zero_std")  # TRL's, of its own weighted sum
+AGREEMENT_EVERY = 10  # steps between comparisons of the weights across processes
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a learner is made of.
+
+    Args:
+        config: The resolved configuration.
+        plan: Batch arithmetic.
+        schedule: Says at which steps the policy is evaluated and saved.
+        rules: Objectives, scheme, estimator and combination.
+        prompts: To train on, and held out.
+        bus: Scores samples.
+        tokenizer: The policy's.
+        model: Folder or hub name of the policy.
+        files: Where this process writes.
+        archive: Evaluated points.
+    """
+
+    config: Config
+    plan: Plan
+    schedule: Schedule
+    rules: StepRules
+    prompts: PromptSets
+    bus: RewardBus
+    tokenizer: PreTrainedTokenizerBase
+    model: str
+    files: RunFiles
+    archive: Archive
+
+
+class Learner(GRPOTrainer):
+    """Trains the policy on the advantages that `take_step` gives.
+
+    Args:
+        parts: What it is made of.
+        args: TRL's options, see `trl_config`.
+        make_sampler: Builds the sampler around this learner.
+        callbacks: Of transformers' Trainer.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        args: GRPOConfig,
+        make_sampler: Callable[["Learner"], Sampler],
+        callbacks: Sequence[TrainerCallback],
+    ):
+        self.parts = parts
+        self._checkpoints = Path(args.output_dir)
+        texts = [prompt.text for prompt in parts.prompts.train]
+        order = prompt_order(len(texts), parts.plan.prompts, parts.config.seed)
+        super().__init__(
+            model=parts.model,
+            reward_funcs=[_column(objective.name) for objective in parts.rules.objectives],
+            args=args,
+            train_dataset=Dataset.from_dict({"prompt": texts, "index": range(len(texts))}).select(order),
+            processing_class=parts.tokenizer,
+            callbacks=list(callbacks),
+            peft_config=_peft_config(parts.config),
+            rollout_func=_roll_out,
+        )
+        self.remove_callback(TrainerProgress)  # ours shows the objectives
+        self.remove_callback(PrinterCallback)
+        self.weight_state = parts.rules.scheme.init(parts.rules.objectives)
+        self.sampler = make_sampler(self)
+        self._prompt_indices: list[int] = []  # of the batch being sampled, one per sample of this process
+        self._groups: list[SampleGroup] = []  # this process's samples of it
+        self._scored: RewardMatrix  # their rewards
+        self._gathered: RewardMatrix  # and those of all processes
+
+    # --- generation and scoring, in the order in which TRL calls them -------------------------------------------------
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """Let TRL run, then put our advantages in the place of its own."""
+        self._prompt_indices = [row["index"] for row in inputs]
+        output = super()._generate_and_score_completions(inputs)
+        step = self.state.global_step
+        result = take_step(self.parts.rules, self.weight_state, self._gathered, step, self._signals())
+        self.weight_state = result.state
+        self._check_agreement(step)
+        local = slice(len(inputs) * self.accelerator.process_index, len(inputs) * (self.accelerator.process_index + 1))
+        advantages_N = result.advantages_PG.reshape(-1)[local]
+        self.parts.files.samples.write(step + 1, self._groups, self._scored, result.state.weights_K, advantages_N)
+        self._log_batch(result.metrics)
+        output["advantages"] = torch.tensor(advantages_N, dtype=torch.float32, device=self.accelerator.device)
+        return output
+
+    def roll_out(self) -> dict[str, Any]:
+        """Sample this process's part of the batch; the answer to TRL's `rollout_func`."""
+        start = time.perf_counter()
+        rollout = self.parts.config.rollout
+        prompts = [self.parts.prompts.train[i] for i in self._prompt_indices[:: rollout.samples_per_prompt]]
+        self.sampler.sync(self._named_weights(), self.state.global_step)
+        self._groups = self.sampler.sample(prompts, self._sampling_params("train"))
+        self._metrics["train"]["time/sampling"].append(time.perf_counter() - start)
+        samples = [(group.prompt, sample) for group in self._groups for sample in group.samples]
+        return {
+            "prompt_ids": [list(prompt.token_ids) for prompt, _ in samples],
+            "completion_ids": [list(sample.token_ids) for _, sample in samples],
+            "logprobs": None,
+        }
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        """Score this process's samples on the bus; every process gets the whole matrix (N, K)."""
+        start = time.perf_counter()
+        self._scored = self.parts.bus.score(self._groups)
+        self._metrics["train"]["time/scoring"].append(time.perf_counter() - start)
+        gathered = gather(torch.tensor(self._scored.raw_NK, device=self.accelerator.device))
+        raw_NK = gathered.cpu().numpy()
+        errors = self._gather_errors() if np.isnan(raw_NK).any() else {}
+        self._gathered = RewardMatrix(self._scored.objectives, raw_NK, errors)
+        return gathered.float()
+
+    def _gather_errors(self) -> dict[tuple[int, int], str]:
+        per_process = gather_object([dict(self._scored.errors)])
+        rows = len(self._scored.raw_NK)
+        return {(n + rank * rows, k): text for rank, errors in enumerate(per_process) for (n, k), text in errors.items()}
+
+    # --- evaluation, logging, checkpoints -----------------------------------------------------------------------------
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate on the held-out prompts and add the point to the archive; takes the place of TRL's evaluation."""
+        parts, step = self.parts, self.state.global_step
+        self.sampler.sync(self._named_weights(), step)
+        params = self._sampling_params("evaluation")
+        evaluation = evaluate(self.sampler, parts.bus, parts.prompts.evaluation, params, step)
+        summary = summarize(evaluation.raw_PGK, parts.rules.objectives)
+        checkpoint = f"checkpoints/{checkpoint_name(step)}" if parts.schedule.saves_at(step) else ""
+        parts.archive.append(
+            ParetoPoint(
+                step,
+                **vars(summary),
+                prompts=len(evaluation.raw_PGK),
+                samples=parts.plan.samples_by(step),
+                checkpoint=checkpoint,
+            )
+        )
+        if self.accelerator.is_main_process:
+            parts.files.write_evaluation(step, evaluation.rows)
+        metrics = {f"eval_{name}": value for name, value in summary.values.items()}
+        metrics["eval_hypervolume"] = parts.archive.hypervolume()
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log through TRL, and write the rows of training steps to the run folder."""
+        super().log(logs, start_time)
+        self.state.log_history.clear()  # metrics.jsonl holds it; checkpoints stay small
+        if "loss" in logs and self.accelerator.is_main_process:
+            timings = {key: value for key, value in logs.items() if key.startswith(TIMINGS)}
+            metrics = {key: value for key, value in logs.items() if key not in timings}
+            self.parts.files.metrics.append({"step": self.state.global_step, **metrics})
+            self.parts.files.timings.append({"step": self.state.global_step, **timings})
+
+    def save_unless_saved(self) -> None:
+        """Write a checkpoint now, between two steps, unless this step has one (or nothing is trained yet)."""
+        step = self.state.global_step
+        if step and not (self._checkpoints / checkpoint_name(step) / STATE_FILE).exists():
+            self._save_checkpoint(self.model, trial=None)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """TRL's checkpoint, then what it leaves out; complete once the last file is there."""
+        super()._save_checkpoint(model, trial)
+        checkpoint = self._checkpoints / checkpoint_name(self.state.global_step)
+        if self._is_mid_batch(self._step):
+            torch.save(self._buffered_inputs, checkpoint / self._batch_file())
+        self.parts.files.samples.flush()
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            plan, config = self.parts.plan, self.parts.config
+            write_state(
+                checkpoint,
+                RunState(
+                    self.state.global_step,
+                    self._step,
+                    plan.processes,
+                    config.fingerprint(),
+                    self.weight_state.to_json(),
+                ),
+            )
+            front = {point.step for point in self.parts.archive.front()} if config.checkpoint.keep_front else set()
+            prune(self._checkpoints, config.checkpoint.keep, front)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """TRL's own loading, then what it leaves out."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            state = read_state(Path(checkpoint))
+            self._step = state.micro_step
+            self.weight_state = WeightState.from_json(state.weighting)
+            if self._is_mid_batch(self._step):
+                self._buffered_inputs = torch.load(Path(checkpoint) / self._batch_file(), weights_only=True)
+
+    # --- small things -------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def policy(self) -> Iterator[PreTrainedModel]:
+        """The model ready to generate: unwrapped, and gathered where it is sharded."""
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            yield model
+
+    def _named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, parameter.detach()) for name, parameter in self.model.named_parameters())
+
+    def _sampling_params(self, purpose: str) -> SamplingParams:
+        """Training samples depend on seed, step and process; held-out ones on the seed alone, so that policies compare."""
+        config = self.parts.config
+        if purpose == "evaluation":
+            evaluation = config.evaluation
+            return SamplingParams(
+                evaluation.samples_per_prompt, config.rollout.max_tokens, _seed(config.seed, 1), evaluation.temperature
+            )
+        rollout = config.rollout
+        return SamplingParams(
+            samples_per_prompt=rollout.samples_per_prompt,
+            max_tokens=rollout.max_tokens,
+            seed=_seed(config.seed, 0, self.state.global_step, self.accelerator.process_index),
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            min_p=rollout.min_p,
+            repetition_penalty=rollout.repetition_penalty,
+        )
+
+    def _signals(self) -> Mapping[Signal, np.ndarray]:
+        usable = self.parts.archive.usable()
+        return {Signal.VALIDATION: usable[-1].vector_K(self.parts.rules.objectives)} if usable else {}
+
+    def _check_agreement(self, step: int) -> None:
+        """Stop when processes have reached different weights: from then on they would train different policies."""
+        if self.accelerator.num_processes > 1 and step % AGREEMENT_EVERY == 0:
+            digests = gather(torch.tensor([self.weight_state.digest()], device=self.accelerator.device)).tolist()
+            if len(set(digests)) > 1:
+                raise RuntimeError(
+                    f"step {step}: the learner processes hold different weights (digests {digests}); a weighting scheme "
+                    "must be a pure function of its state and observation"
+                )
+
+    def _log_batch(self, metrics: Mapping[str, float]) -> None:
+        """Put our metrics of a batch where TRL logs from, in the place of its own on rewards."""
+        logged = self._metrics["train"]
+        for key in [k for k in logged if k in TRL_REWARD_METRICS or k.startswith("rewards/")]:
+            del logged[key]
+        ages = [self.state.global_step - sample.policy_version for group in self._groups for sample in group.samples]
+        for key, value in {**metrics, "policy_age": max(ages)}.items():
+            logged[key].append(value)
+
+    def _is_mid_batch(self, micro_step: int) -> bool:
+        return micro_step % (self.args.steps_per_generation * self.num_iterations) != 0
+
+    def _batch_file(self) -> str:
+        return f"batch_{self.accelerator.process_index}.pt"
+
+
+def trl_config(config: Config, plan: Plan, checkpoints: Path, evaluate_first: bool) -> GRPOConfig:
+    """The GRPOConfig of a run: the user's `trl:` table, and what our own keys decide.
+
+    Raises:
+        ValueError: TRL refuses the combination.
+    """
+    gpu = torch.cuda.is_available()
+    defaults = {"bf16": gpu and torch.cuda.is_bf16_supported(), "dataloader_pin_memory": gpu, "report_to": "none"}
+    owned = {
+        "output_dir": str(checkpoints),
+        "seed": config.seed,
+        "max_steps": config.steps,
+        "model_init_kwargs": {"dtype": config.policy.dtype, "revision": config.policy.revision},
+        "trust_remote_code": config.policy.trust_remote_code,
+        "shuffle_dataset": False,  # the data set is in its order already
+        "num_generations": config.rollout.samples_per_prompt,
+        "max_completion_length": config.rollout.max_tokens,
+        "temperature": config.rollout.temperature,
+        "per_device_train_batch_size": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.accumulation,
+        "steps_per_generation": plan.passes_per_batch,
+        "num_iterations": config.learner.iterations_per_batch,
+        "scale_rewards": "none",
+        "logging_steps": 1,
+        "save_strategy": "no",  # evaluation and checkpoints follow our own schedule
+        "eval_on_start": evaluate_first,
+    }
+    return GRPOConfig(**(defaults | dict(config.trl) | owned))
+
+
+def _peft_config(config: Config) -> PeftLoraConfig | None:
+    lora = config.policy.lora
+    if lora is None:
+        return None
+    return PeftLoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+
+
+def _roll_out(prompts: list[str], learner: Learner) -> dict[str, Any]:
+    return learner.roll_out()
+
+
+def _column(name: str) -> Callable[..., Any]:
+    """A stand-in that gives TRL the name of a column of the reward matrix; the bus fills the column."""
+
+    def column(**kwargs: Any) -> list[float]:
+        raise AssertionError("the reward bus scores; TRL never calls this")
+
+    column.__name__ = name
+    return column
+
+
+def _seed(*key: int) -> int:
+    """A 31-bit seed, a pure function of its key."""
+    return int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1

@@ -1,0 +1,76 @@
+"""From a YAML file and dotted overrides to a checked `Config`; every problem in one message."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+from yaml import YAMLError
+
+from align.config import Config
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message names every key at fault."""
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply overrides.
+
+    Args:
+        path: The file.
+        overrides: Dotted assignments such as `--weighting.type=fixed` or `trl.learning_rate=1e-5`; values are YAML.
+
+    Raises:
+        ConfigError: The file is missing or no YAML, an override has no `=`, or the result is not a valid config.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"no configuration at {path!r}: give the path of a YAML file, for example configs/quickstart.yaml")
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"cannot read the override {override!r}: write --section.key=value")
+    try:
+        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist([o.removeprefix("--") for o in overrides]))
+        data = OmegaConf.to_container(merged, resolve=True)
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, TypeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    return parse_config(data, path)
+
+
+def parse_config(data: Any, source: str) -> Config:
+    """Check already parsed data. Raises ConfigError with one line per problem; `source` names the file in it."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        lines = [line for e in error.errors() for line in _explain(e, data)]
+        raise ConfigError(f"{source} is not a valid configuration:\n" + "\n".join(f"  {line}" for line in lines)) from error
+
+
+def _explain(error: Any, data: Any) -> list[str]:
+    """Lines for the user about one error of pydantic's."""
+    key = _key(error["loc"], data, keep_last=error["type"] == "missing")
+    message = error["msg"].removeprefix("Value error, ")
+    match error["type"]:
+        case "value_error":  # our own rules: they say what to do, and name the key where it is a deeper one
+            return [line if not key or line.startswith(f"{key}.") else f"{key}: {line}" for line in message.split("\n")]
+        case "missing":
+            return [f"{key} is missing"]
+        case "union_tag_not_found":
+            return [f"{key}.type is missing: say which kind this is"]
+        case "union_tag_invalid":
+            return [f"{key}.type: {error['ctx']['tag']!r} does not exist; one of {error['ctx']['expected_tags']}"]
+    return [f"{key}: {error['input']!r} is not valid: {message[0].lower()}{message[1:]}"]
+
+
+def _key(location: tuple, data: Any, keep_last: bool) -> str:
+    """Dotted key of an error, without the union tags that pydantic puts between keys."""
+    parts = []
+    for i, part in enumerate(location):
+        if isinstance(data, dict) and part not in data and not (keep_last and i + 1 == len(location)):
+            continue
+        parts.append(f"[{part}]" if isinstance(part, int) else f".{part}")
+        known = part in data if isinstance(data, dict) else isinstance(data, list)
+        data = data[part] if known else None
+    return "".join(parts).removeprefix(".")

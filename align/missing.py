@@ -1,0 +1,53 @@
+"""What missing values do to a batch. Missing is never 0."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from rewards.types import Missing, Objective, RewardMatrix
+
+
+class MissingRewardError(RuntimeError):
+    """A value is missing, and the objective's policy is to stop."""
+
+
+def refuse_missing(matrix: RewardMatrix) -> None:
+    """Raise MissingRewardError when an objective whose policy is `fail` lacks a value."""
+    for k, objective in enumerate(matrix.objectives):
+        rows = np.flatnonzero(matrix.missing_NK[:, k])
+        if objective.missing is Missing.FAIL and len(rows):
+            reason = matrix.errors.get((int(rows[0]), k), "no reason was recorded")
+            raise MissingRewardError(
+                f"objective {objective.name!r} has no value for {len(rows)} of {len(matrix.raw_NK)} samples; the first: "
+                f"{reason}. Mend the reward, or set objectives.{objective.name}.missing to drop_sample, drop_group or neutral"
+            )
+
+
+def apply_missing(rewards_PGK: np.ndarray, objectives: Sequence[Objective]) -> np.ndarray:
+    """Rewards (P, G, K) after the missing-value policies: NaN where a sample is left out, numbers elsewhere.
+
+    A neutral value is the mean of its group's other values of that objective, or of the batch's where the group has
+    none, or a constant where nobody has one: it then moves no advantage.
+    """
+    missing_PGK = np.isnan(rewards_PGK)
+    if not missing_PGK.any():
+        return rewards_PGK
+    rewards_PGK = rewards_PGK.copy()
+    left_out_PG = np.zeros(rewards_PGK.shape[:2], dtype=bool)
+    for k, objective in enumerate(objectives):
+        missing_PG = missing_PGK[:, :, k]
+        if objective.missing is Missing.NEUTRAL:
+            rewards_PGK[:, :, k] = _fill(rewards_PGK[:, :, k])
+        elif objective.missing is Missing.DROP_GROUP:
+            left_out_PG |= missing_PG.any(axis=1, keepdims=True)
+        else:
+            left_out_PG |= missing_PG
+    rewards_PGK[left_out_PG] = np.nan
+    return rewards_PGK
+
+
+def _fill(rewards_PG: np.ndarray) -> np.ndarray:
+    present = np.ma.masked_invalid(rewards_PG)
+    batch_mean = present.mean() if present.count() else 0.0
+    group_mean_P1 = present.mean(axis=1, keepdims=True).filled(batch_mean)
+    return np.where(np.isnan(rewards_PG), group_mean_P1, rewards_PG)

@@ -1,0 +1,97 @@
+"""The run folder: a new one, or one to go on with. Imports no torch."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from align.checkpoint import complete_checkpoints, read_state
+from align.config import Config
+from align.load import load_config
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and what it is to hold.
+
+    Args:
+        config: The resolved configuration.
+        folder: The run folder.
+        resumed: Whether it holds an earlier part of the run.
+        checkpoint: Checkpoint to go on from; "" to begin at step 0.
+        finished: Whether nothing is left to do.
+    """
+
+    config: Config
+    folder: Path
+    resumed: bool
+    checkpoint: str
+    finished: bool
+
+
+def open_run(config_path: str, resume: str, overrides: Sequence[str]) -> Run:
+    """Find the configuration and the place of a run. Raises ValueError when they do not fit."""
+    if resume:
+        return _reopen(Path(resume), config_path, overrides)
+    if not config_path:
+        raise ValueError("nothing to train: give --config FILE (for example configs/quickstart.yaml) or --resume RUN")
+    config = load_config(config_path, overrides)
+    folder = Path(config.output)
+    if is_main() and folder.exists():
+        if (folder / "config.json").exists():
+            raise ValueError(
+                f"output: {folder} already holds a run. Go on with it by --resume {folder}, or choose another folder by "
+                f"--output=..."
+            )
+        if not folder.is_dir() or any(folder.iterdir()):
+            raise ValueError(f"output: {folder} exists and is not an empty folder: choose another by --output=...")
+    return Run(config, folder, resumed=False, checkpoint="", finished=False)
+
+
+def _reopen(folder: Path, config_path: str, overrides: Sequence[str]) -> Run:
+    own = folder / "config.json"
+    if not own.is_file():
+        raise ValueError(f"--resume: {folder} is not a run folder: it has no config.json")
+    config = load_config(str(own))
+    if config_path or overrides:
+        _refuse_other_config(config, load_config(config_path or str(own), overrides), folder)
+    checkpoints = complete_checkpoints(folder / "checkpoints")
+    if not checkpoints:
+        return Run(config, folder, resumed=True, checkpoint="", finished=False)
+    step, checkpoint = checkpoints[-1]
+    state = read_state(checkpoint)
+    if state.fingerprint != config.fingerprint():
+        raise ValueError(f"--resume: {checkpoint} was written by another configuration than {own}: restore the file")
+    if state.processes != processes():
+        raise ValueError(
+            f"--resume: {checkpoint} was written by {state.processes} processes, this is {processes()}: launch with "
+            f"--num_processes {state.processes}"
+        )
+    return Run(config, folder, resumed=True, checkpoint=str(checkpoint), finished=step >= config.steps)
+
+
+def _refuse_other_config(own: Config, given: Config, folder: Path) -> None:
+    a, b = (_flatten(config.model_dump(mode="json", exclude={"output"})) for config in (own, given))
+    different = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+    if different:
+        raise ValueError(
+            f"--resume: {folder} was started with another configuration (differs in {', '.join(different[:5])}): leave "
+            f"--config and overrides away, or start a new run in another --output"
+        )
+
+
+def _flatten(table: dict, prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in table.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def processes() -> int:
+    """Learner processes of this launch, as the launcher tells."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and speaks for all."""
+    return os.environ.get("RANK", "0") == "0"

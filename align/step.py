@@ -1,0 +1,99 @@
+"""One step as a page: from the reward matrix of a batch to its advantages and the next weights."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from align.combine import combine
+from align.config import CombinationConfig, EstimatorConfig
+from align.missing import apply_missing, refuse_missing
+from align.weighting import Observation, Scheme, Signal, WeightState
+from rewards.types import Objective, RewardMatrix
+
+
+@dataclass(frozen=True)
+class StepRules:
+    """What stays the same from step to step."""
+
+    objectives: Sequence[Objective]
+    scheme: Scheme
+    estimator: EstimatorConfig
+    combination: CombinationConfig
+    group_size: int
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step decided.
+
+    Args:
+        advantages_PG: One advantage per sample, `step_scale` included; 0 for samples that are left out.
+        state: The state whose weights made them.
+        metrics: Numbers to log.
+    """
+
+    advantages_PG: np.ndarray
+    state: WeightState
+    metrics: Mapping[str, float]
+
+
+def take_step(
+    rules: StepRules,
+    state: WeightState,
+    matrix: RewardMatrix,
+    step: int,
+    signals: Mapping[Signal, np.ndarray],
+) -> StepResult:
+    """Decide the weights and advantages of a batch.
+
+    Args:
+        rules: The run's objectives, scheme, estimator and combination.
+        state: State of the scheme after the previous batch.
+        matrix: Rewards of the whole batch, all processes together; N = P * G rows, group by group.
+        step: Optimiser steps taken so far.
+        signals: At least what the scheme needs.
+
+    Raises:
+        MissingRewardError: A value is missing whose policy is `fail`.
+    """
+    refuse_missing(matrix)
+    rewards_PGK = matrix.values_NK.reshape(-1, rules.group_size, len(rules.objectives))
+    rewards_PGK = apply_missing(rewards_PGK, rules.objectives)
+    constant_PK = _constant(rewards_PGK)
+
+    observation = Observation(step, rewards_PGK, {need: signals[need] for need in rules.scheme.needs})
+    state = rules.scheme.update(state, observation)
+
+    advantages_PG = combine(rewards_PGK, np.array(state.weights_K), rules.estimator, rules.combination)
+    if rules.estimator.type != "reinforce":  # against its own group, a group that is constant in everything says nothing
+        advantages_PG[constant_PK.all(axis=1)] = 0.0
+    advantages_PG *= state.step_scale
+
+    return StepResult(advantages_PG, state, _metrics(rules.objectives, matrix, state, constant_PK))
+
+
+def _constant(rewards_PGK: np.ndarray) -> np.ndarray:
+    """Mask (P, K) of groups whose present samples all have the same value of an objective."""
+    rewards = np.ma.masked_invalid(rewards_PGK)
+    return np.ma.filled(rewards.max(axis=1) == rewards.min(axis=1), True)
+
+
+def _metrics(
+    objectives: Sequence[Objective], matrix: RewardMatrix, state: WeightState, constant_PK: np.ndarray
+) -> dict[str, float]:
+    """Weights, and per objective the raw mean and spread, the share of missing values and of constant groups."""
+    raw_NK = np.ma.masked_invalid(matrix.raw_NK)
+    metrics = {"step_scale": state.step_scale, "groups/effective": float(1 - constant_PK.all(axis=1).mean())}
+    for k, objective in enumerate(objectives):
+        metrics[f"weights/{objective.name}"] = state.weights_K[k]
+        metrics[f"objectives/{objective.name}/mean"] = float(np.ma.filled(raw_NK[:, k].mean(), np.nan))
+        metrics[f"objectives/{objective.name}/std"] = float(np.ma.filled(raw_NK[:, k].std(ddof=1), np.nan))
+        metrics[f"objectives/{objective.name}/missing"] = float(matrix.missing_NK[:, k].mean())
+        metrics[f"objectives/{objective.name}/constant_groups"] = float(constant_PK[:, k].mean())
+    for name, value in state.memory.items():
+        if isinstance(value, (int, float)):
+            metrics[f"weighting/{name}"] = float(value)
+        elif isinstance(value, list) and len(value) == len(objectives) and all(isinstance(v, (int, float)) for v in value):
+            metrics |= {f"weighting/{name}/{o.name}": float(v) for o, v in zip(objectives, value, strict=True)}
+    return metrics

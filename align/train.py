@@ -1,0 +1,238 @@
+"""Train: `accelerate launch -m align.train --config FILE [--key=value ...]`, or `paretune train` for one process.
+
+open the run -> build what needs no weights -> build the learner -> resume -> run -> close
+"""
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from align import __version__
+from align.build import PromptSets, build_bus, load_prompts, load_tokenizer, locate_model, objectives_of
+from align.checkpoint import read_state
+from align.guard import check_imports
+from align.plan import Plan, Schedule, make_plan
+from align.runfolder import Run, is_main, open_run, processes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainerCallback
+    from trl import GRPOConfig
+
+    from align.learner import Learner
+    from rewards.bus import RewardBus
+
+VERSIONS = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy", "moocore")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of `python -m align.train`; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="align.train", description=__doc__.split("\n")[0], allow_abbrev=False)
+    add_arguments(parser)
+    known, overrides = parser.parse_known_args(arguments)
+    return train(known.config, known.resume, overrides)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of training; anything else of the form --key=value overrides a key of the configuration."""
+    parser.add_argument("--config", metavar="FILE", default="", help="configuration (YAML); not needed with --resume")
+    parser.add_argument("--resume", metavar="RUN", default="", help="go on with the run in this folder")
+    parser.epilog = "Any key of the configuration can be overridden: --steps=50 --weighting.type=fixed"
+
+
+def train(config_path: str, resume: str, overrides: Sequence[str]) -> int:
+    """Train to the end, or until stopped; returns the exit status. Problems that can be known are said first."""
+    try:
+        check_imports()
+        run = open_run(config_path, resume, overrides)
+        if run.finished:
+            print(f"{run.folder} is complete: {run.config.steps} steps")
+            return 0
+        built = build(run)
+    except ValueError as error:
+        return _fail(error)
+    return _run(run, built)
+
+
+# --- build ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Built:
+    """The parts of a run that need no weights."""
+
+    model: str
+    tokenizer: "PreTrainedTokenizerBase"
+    prompts: PromptSets
+    bus: "RewardBus"
+    plan: Plan
+    trl: "GRPOConfig"
+
+
+def build(run: Run) -> Built:
+    """Everything that can fail without weights. Raises ValueError."""
+    config = run.config
+    plan = make_plan(config, processes())
+    model = locate_model(config.policy.model)
+    tokenizer, context = load_tokenizer(model, config)
+    prompts = load_prompts(config, tokenizer, context)
+    bus = build_bus(config, prompts.columns)
+    from align.learner import trl_config  # imports TRL: seconds, so after what is quick to refuse
+
+    evaluate_first = bool(config.evaluation.every) and not run.checkpoint
+    return Built(model, tokenizer, prompts, bus, plan, trl_config(config, plan, run.folder / "checkpoints", evaluate_first))
+
+
+def build_learner(run: Run, built: Built, schedule: Schedule, callbacks: Sequence["TrainerCallback"]) -> "Learner":
+    """Load the policy and put the run together."""
+    from accelerate import PartialState
+
+    from align.archive import Archive
+    from align.learner import Learner, Parts
+    from align.runlog import RunFiles
+    from align.step import StepRules
+    from align.weighting import build_scheme
+    from rollout.local import LocalSampler
+
+    config, state = run.config, PartialState()
+    objectives = objectives_of(config)
+    names = [objective.name for objective in objectives]
+    archive = Archive(run.folder / "archive.jsonl", objectives, config.evaluation.reference, writes=state.is_main_process)
+    files = RunFiles(run.folder, state.process_index, names)
+    if run.resumed:
+        state.wait_for_everyone()  # everyone has read what the main process now cuts back
+        step = read_state(Path(run.checkpoint)).step if run.checkpoint else -1
+        files.resume(step)
+        archive.truncate(step)
+    rules = StepRules(
+        objectives,
+        build_scheme(config.weighting),
+        config.estimator,
+        config.combination,
+        config.rollout.samples_per_prompt,
+    )
+    parts = Parts(
+        config, built.plan, schedule, rules, built.prompts, built.bus, built.tokenizer, built.model, files, archive
+    )
+    engine = config.rollout.engine
+    return Learner(
+        parts,
+        built.trl,
+        lambda learner: LocalSampler(learner.policy, built.tokenizer, learner.eos_token_ids, engine.batch_size),
+        callbacks,
+    )
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+def _run(run: Run, built: Built) -> int:
+    from accelerate import PartialState
+
+    from align.callbacks import ProgressCallback, ScheduleCallback, StopSignal
+    from align.missing import MissingRewardError
+
+    config, state = run.config, PartialState()
+    _quiet()
+    state.wait_for_everyone()  # nobody writes before everybody has checked
+    if state.is_main_process:
+        _write_folder(run)
+        print(_summary(run, built), flush=True)
+    state.wait_for_everyone()
+    schedule = Schedule(config.steps, config.evaluation.every, config.checkpoint.every)
+    on_schedule = ScheduleCallback(schedule, StopSignal())
+    progress = ProgressCallback(list(config.objectives), config.steps)
+    learner = build_learner(run, built, schedule, [on_schedule, progress])
+    start = time.perf_counter()
+    try:
+        learner.train(resume_from_checkpoint=run.checkpoint or None)
+    except MissingRewardError as error:
+        learner.save_unless_saved()
+        return _fail(error, f"Nothing is lost: mend it, then {_resume_command(run)}")
+    finally:
+        learner.sampler.close()
+    if state.is_main_process:
+        if on_schedule.stopped and learner.state.global_step < config.steps:
+            print(f"stopped after step {learner.state.global_step}; go on with: {_resume_command(run)}")
+        else:
+            _finish(run, learner, time.perf_counter() - start)
+    return 0
+
+
+def _quiet() -> None:
+    """One progress bar is enough, and warnings about what we do on purpose are none."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_warning()
+
+
+def _write_folder(run: Run) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    if run.resumed:
+        return
+    environment = {
+        "paretune": __version__,
+        "python": platform.python_version(),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "processes": processes(),
+        **{name: version(name) for name in VERSIONS},
+    }
+    (run.folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
+    text = json.dumps(run.config.model_dump(mode="json"), indent=2) + "\n"
+    (run.folder / "config.json").write_text(text, encoding="utf-8")
+
+
+def _summary(run: Run, built: Built) -> str:
+    config, plan = run.config, built.plan
+    weights = "  ".join(f"{name} {weight:g}" for name, weight in config.weighting.weights.items())
+    lines = [
+        f"run        {run.folder}" + (f" (from {run.checkpoint or 'the start'})" if run.resumed else ""),
+        f"policy     {config.policy.model}",
+        f"prompts    {len(built.prompts.train)} to train on, {len(built.prompts.evaluation)} held out",
+        f"batch      {config.rollout.prompts_per_batch} prompts x {config.rollout.samples_per_prompt} samples, "
+        f"{plan.processes} process(es) x {plan.accumulation} x {plan.micro_batch_size} per update",
+        f"weighting  {config.weighting.type}: {weights}",
+        f"learner    {config.estimator.type}, {config.combination.type}, {config.steps} steps",
+    ]
+    return "\n".join(lines)
+
+
+def _finish(run: Run, learner: "Learner", seconds: float) -> None:
+    """Say what came out, and write the report."""
+    from align.report import write_report
+
+    print(f"trained {run.config.steps} steps in {seconds:.0f} s")
+    archive = learner.parts.archive
+    if archive.usable():
+        first, last = archive.hypervolume(1), archive.hypervolume()
+        print(
+            f"archive    {len(archive.points)} policies, {len(archive.front())} on the front; "
+            f"hypervolume {first:.3f} at the start, {last:.3f} of all"
+        )
+    print(f"report     {write_report(run.folder)}")
+
+
+def _resume_command(run: Run) -> str:
+    launcher = "paretune train" if processes() == 1 else f"accelerate launch --num_processes {processes()} -m align.train"
+    return f"{launcher} --resume {shlex.quote(str(run.folder))}"
+
+
+def _fail(error: Exception, advice: str = "") -> int:
+    """Print an error for the user, once for all processes; the exit status."""
+    if is_main():
+        print(f"error: {error}" + (f"\n{advice}" if advice else ""), file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Prompts in, samples out. Knows nothing of rewards or of training."""
