@@ -1,5 +1,6 @@
 """From a configuration to the parts of a run that need no model weights. Shared by train, check and eval."""
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -43,11 +44,16 @@ def locate_model(model: str) -> str:
     if not looks_local:
         return model
     folder = Path(model).expanduser()
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not is_adapter(str(folder)):
         raise ValueError(
             f"policy.model: {model!r} is not a folder with a config.json, nor a hub name such as Qwen/Qwen3-0.6B"
         )
     return str(folder)
+
+
+def is_adapter(model: str) -> bool:
+    """Whether a located model is a folder of LoRA weights, which belong to another model."""
+    return (Path(model) / "adapter_config.json").is_file()
 
 
 def objectives_of(config: Config) -> list[Objective]:
@@ -123,6 +129,9 @@ def load_tokenizer(model: str, config: Config) -> tuple["PreTrainedTokenizerBase
     options = {"revision": config.policy.revision, "trust_remote_code": config.policy.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **options)
+        if is_adapter(model):
+            adapter = json.loads((Path(model) / "adapter_config.json").read_text(encoding="utf-8"))
+            model = adapter["base_model_name_or_path"]
         model_config = AutoConfig.from_pretrained(model, **options).to_dict()
     except (OSError, ValueError) as error:
         raise ValueError(f"policy.model: {model!r} cannot be loaded: {error}") from error

@@ -1,7 +1,7 @@
 """Callbacks of transformers' Trainer: when to evaluate and save, the progress bar, and stopping on a signal."""
 
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -31,9 +31,14 @@ class StopSignal:
 
 
 class ScheduleCallback(TrainerCallback):
-    """Evaluates and saves when the schedule says so, and saves and stops when asked to; all processes together."""
+    """Evaluates and saves when the schedule says so, and saves and stops when asked to; all processes together.
 
-    def __init__(self, schedule: Schedule, stop: StopSignal):
+    Args:
+        schedule: When.
+        stop: Whether this process was asked to stop.
+    """
+
+    def __init__(self, schedule: Schedule, stop: Callable[[], bool]):
         self._schedule = schedule
         self._stop = stop
         self.stopped = False
@@ -50,7 +55,7 @@ class ScheduleCallback(TrainerCallback):
 
     def _stop_requested(self, device: torch.device) -> bool:
         """Whether any process was asked to stop: the signal may reach them within different steps."""
-        return bool(gather(torch.tensor([self._stop.requested], device=device)).any())
+        return bool(gather(torch.tensor([self._stop()], device=device)).any())
 
 
 class ProgressCallback(TrainerCallback):

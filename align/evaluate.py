@@ -1,7 +1,7 @@
 """Held-out evaluation: a policy's mean on every objective, with standard errors over prompts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -44,12 +44,12 @@ def evaluate(sampler: Sampler, bus: RewardBus, prompts: Sequence[Prompt], params
         sampler: Holds the policy.
         bus: Scores samples.
         prompts: P held-out prompts, the same in every process.
-        params: With G samples per prompt and the run's seed, to which the process number is added.
+        params: With G samples per prompt, and the seed of this process.
         step: Written into the rows.
     """
     processes = PartialState()
     mine = prompts[processes.process_index :: processes.num_processes]
-    groups = sampler.sample(mine, replace(params, seed=params.seed + processes.process_index)) if mine else []
+    groups = sampler.sample(mine, params) if mine else []
     matrix = bus.score(groups)
     rows = sample_rows(step, groups, matrix, weights_K=(), advantages_N=())
     raw_NK = np.concatenate(gather_object([matrix.raw_NK]))

@@ -31,12 +31,13 @@ from align.config import Config
 from align.evaluate import evaluate, summarize
 from align.plan import Plan, Schedule
 from align.runlog import RunFiles
+from align.sampling import evaluation_params, training_params
 from align.step import StepRules, take_step
 from align.weighting import Signal, WeightState
 from rewards.bus import RewardBus
 from rewards.types import RewardMatrix
 from rollout.prompts import prompt_order
-from rollout.sampler import Sampler, SamplingParams
+from rollout.sampler import Sampler
 from rollout.types import SampleGroup
 
 TIMINGS = ("step_time", "time/")  # metrics that go to timings.jsonl
@@ -136,7 +137,9 @@ class Learner(GRPOTrainer):
         rollout = self.parts.config.rollout
         prompts = [self.parts.prompts.train[i] for i in self._prompt_indices[:: rollout.samples_per_prompt]]
         self.sampler.sync(self._named_weights(), self.state.global_step)
-        self._groups = self.sampler.sample(prompts, self._sampling_params("train"))
+        self._groups = self.sampler.sample(
+            prompts, training_params(self.parts.config, self.state.global_step, self.accelerator.process_index)
+        )
         self._metrics["train"]["time/sampling"].append(time.perf_counter() - start)
         samples = [(group.prompt, sample) for group in self._groups for sample in group.samples]
         return {
@@ -167,7 +170,7 @@ class Learner(GRPOTrainer):
         """Evaluate on the held-out prompts and add the point to the archive; takes the place of TRL's evaluation."""
         parts, step = self.parts, self.state.global_step
         self.sampler.sync(self._named_weights(), step)
-        params = self._sampling_params("evaluation")
+        params = evaluation_params(parts.config, self.accelerator.process_index)
         evaluation = evaluate(self.sampler, parts.bus, parts.prompts.evaluation, params, step)
         summary = summarize(evaluation.raw_PGK, parts.rules.objectives)
         checkpoint = f"checkpoints/{checkpoint_name(step)}" if parts.schedule.saves_at(step) else ""
@@ -229,6 +232,8 @@ class Learner(GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """TRL's own loading, then what it leaves out."""
+        # With several CPU processes transformers loads to "cpu:0", "cpu:1", ..., places that torch does not know.
+        torch.serialization.register_package(9, lambda _: None, lambda storage, to: storage if to[:4] == "cpu:" else None)
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             state = read_state(Path(checkpoint))
@@ -255,26 +260,6 @@ class Learner(GRPOTrainer):
 
     def _named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, parameter.detach()) for name, parameter in self.model.named_parameters())
-
-    def _sampling_params(self, purpose: str) -> SamplingParams:
-        """Training samples depend on seed, step and process; held-out ones on the seed alone, so that policies compare."""
-        config = self.parts.config
-        if purpose == "evaluation":
-            evaluation = config.evaluation
-            return SamplingParams(
-                evaluation.samples_per_prompt, config.rollout.max_tokens, _seed(config.seed, 1), evaluation.temperature
-            )
-        rollout = config.rollout
-        return SamplingParams(
-            samples_per_prompt=rollout.samples_per_prompt,
-            max_tokens=rollout.max_tokens,
-            seed=_seed(config.seed, 0, self.state.global_step, self.accelerator.process_index),
-            temperature=rollout.temperature,
-            top_p=rollout.top_p,
-            top_k=rollout.top_k,
-            min_p=rollout.min_p,
-            repetition_penalty=rollout.repetition_penalty,
-        )
 
     def _signals(self) -> Mapping[Signal, np.ndarray]:
         usable = self.parts.archive.usable()
@@ -361,8 +346,3 @@ def _column(name: str) -> Callable[..., Any]:
 
     column.__name__ = name
     return column
-
-
-def _seed(*key: int) -> int:
-    """A 31-bit seed, a pure function of its key."""
-    return int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1

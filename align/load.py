@@ -6,10 +6,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
 from align.config import Config
+from align.trl_options import may_be_set, option_types
 
 
 class ConfigError(ValueError):
@@ -21,7 +22,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         path: The file.
-        overrides: Dotted assignments such as `--weighting.type=fixed` or `trl.learning_rate=1e-5`; values are YAML.
+        overrides: Dotted assignments such as `--weighting.type=fixed` or `trl.learning_rate=1e-5`; values are YAML, and a
+            table takes the place of the old one.
 
     Raises:
         ConfigError: The file is missing or no YAML, an override has no `=`, or the result is not a valid config.
@@ -32,11 +34,20 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         if "=" not in override:
             raise ConfigError(f"cannot read the override {override!r}: write --section.key=value")
     try:
-        merged = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist([o.removeprefix("--") for o in overrides]))
-        data = OmegaConf.to_container(merged, resolve=True)
+        loaded = OmegaConf.load(path)
+        for override in overrides:
+            _apply(loaded, override.removeprefix("--"))
+        data = OmegaConf.to_container(loaded, resolve=True)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     return parse_config(data, path)
+
+
+def _apply(loaded: Any, override: str) -> None:
+    """Set one key; a table given whole takes the place of the old one."""
+    key = override.partition("=")[0]
+    value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
+    OmegaConf.update(loaded, key, value, merge=False, force_add=True)
 
 
 def parse_config(data: Any, source: str) -> Config:
@@ -74,3 +85,11 @@ def _key(location: tuple, data: Any, keep_last: bool) -> str:
         known = part in data if isinstance(data, dict) else isinstance(data, list)
         data = data[part] if known else None
     return "".join(parts).removeprefix(".")
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of the configuration, with every option of the `trl:` table that can be set here."""
+    schema = Config.model_json_schema()
+    options = {n: TypeAdapter(t).json_schema() for n, t in option_types().items() if may_be_set(n)}
+    schema["properties"]["trl"] |= {"properties": options, "additionalProperties": False}
+    return schema

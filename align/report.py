@@ -1,2 +1,271 @@
+"""The report of a run: report.html and front.png, made of nothing but the files of its folder. Imports no torch."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-def write_report(folder): return Path(folder)/"report.html"
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from jinja2 import Environment, FileSystemLoader
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from align.archive import Archive, ParetoPoint
+from align.build import objectives_of
+from align.config import Config
+from align.load import load_config
+from align.report_figures import Row, draw_front, figures_of, front_axes
+from rewards.types import Objective
+
+MAX_SAMPLES = 3000  # embedded of each kind, training and held-out
+MAX_CHARACTERS = 1_000_000  # of text embedded of each kind
+_ESCAPED = str.maketrans({c: f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"})
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples to embed in the page.
+
+    Args:
+        total: How many the run has.
+        prompts: The different prompts among the embedded samples.
+        columns: The columns of the sample files, equally long; `prompt` is an index into `prompts`.
+    """
+
+    total: int
+    prompts: Sequence[str]
+    columns: Mapping[str, Sequence[Any]]
+
+    @property
+    def embedded(self) -> int:
+        """How many are embedded."""
+        return len(self.columns.get("step", ()))
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What a run folder holds, as far as the report needs it."""
+
+    name: str
+    config: Config
+    objectives: Sequence[Objective]
+    metrics: Sequence[Row]
+    timings: Sequence[Row]
+    archive: Archive
+    training: Samples
+    held_out: Samples
+
+    @property
+    def steps_done(self) -> int:
+        """Optimiser steps that left metrics."""
+        return self.metrics[-1]["step"] if self.metrics else 0
+
+
+def write_report(folder: Path) -> Path:
+    """Write report.html and front.png into a run folder, and return the path of the first.
+
+    The run may be finished, interrupted or still going on.
+
+    Raises:
+        ValueError: The folder is not a run folder, or one of its files cannot be read.
+    """
+    run = _read_run(Path(folder))
+    page = Path(folder) / "report.html"
+    page.write_text(_render(run), encoding="utf-8")
+    draw_front(Path(folder) / "front.png", run.archive, run.objectives)
+    return page
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def _read_run(folder: Path) -> RunData:
+    file = folder / "config.json"
+    advice = "give the folder that the key `output` of a run named, for example runs/quickstart"
+    if not file.is_file():
+        raise ValueError(f"{folder} is not a run folder: it has no config.json; {advice}")
+    try:
+        config = load_config(str(file))
+    except ValueError as error:
+        raise ValueError(f"{folder} is not a run folder; {advice}. {error}") from error
+    objectives = objectives_of(config)
+    return RunData(
+        name=folder.resolve().name,
+        config=config,
+        objectives=objectives,
+        metrics=_read_lines(folder / "metrics.jsonl"),
+        timings=_read_lines(folder / "timings.jsonl"),
+        archive=Archive(folder / "archive.jsonl", objectives, config.evaluation.reference),
+        training=_training_samples(sorted(folder.glob("samples/shard-*.rank*.parquet"))),
+        held_out=_held_out_samples(sorted(folder.glob("evaluation/step-*.parquet"))),
+    )
+
+
+def _read_lines(path: Path) -> list[Row]:
+    """Rows of a JSON-lines file; none without the file, and a last line that is still being written does not count."""
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not JSON: {error}; remove the line") from error
+    return rows
+
+
+def _training_samples(files: Sequence[Path]) -> Samples:
+    """Evenly over steps; the text of the others is never held in memory together."""
+    steps = [pq.read_table(file, columns=["step"])["step"].to_numpy() for file in files]
+    total = sum(map(len, steps))
+    if not total:
+        return Samples(0, (), {})
+    order = np.argsort(np.concatenate(steps), kind="stable")
+    chosen = np.sort(order[_evenly(total, MAX_SAMPLES)])
+    tables, start = [], 0
+    for file, length in zip(files, map(len, steps), strict=True):
+        rows = chosen[(chosen >= start) & (chosen < start + length)] - start
+        tables.append(pq.read_table(file).take(rows))
+        start += length
+    table = pa.concat_tables(tables)
+    return _embed(total, [table.take(np.argsort(table["step"].to_numpy(), kind="stable"))])
+
+
+def _held_out_samples(files: Sequence[Path]) -> Samples:
+    """Evenly over prompts, the same ones of every evaluation."""
+    tables, total = [], 0
+    for file in files:
+        table = pq.read_table(file)
+        total += table.num_rows
+        tables.append(table.take(_evenly(table.num_rows, MAX_SAMPLES // len(files))))
+    return _embed(total, tables) if total else Samples(0, (), {})
+
+
+def _evenly(rows: int, wanted: int) -> np.ndarray:
+    """Indices of at most `wanted` (but at least 1) of the rows, evenly spaced, the first and the last included."""
+    return np.arange(rows) if rows <= wanted else np.linspace(0, rows - 1, max(wanted, 1)).round().astype(int)
+
+
+def _embed(total: int, tables: Sequence[pa.Table]) -> Samples:
+    """The rows of the tables, thinned out evenly until their text is not too long."""
+    wanted = max(table.num_rows for table in tables)
+    rows = pa.concat_tables(tables)
+    while wanted > 1 and _characters(rows) > MAX_CHARACTERS:
+        wanted //= 2
+        rows = pa.concat_tables([table.take(_evenly(table.num_rows, wanted)) for table in tables])
+    prompts = rows["prompt"].combine_chunks().dictionary_encode()
+    columns = {name: _plain(rows[name]) for name in rows.column_names if name != "prompt"}
+    return Samples(total, prompts.dictionary.to_pylist(), {**columns, "prompt": prompts.indices.to_pylist()})
+
+
+def _characters(rows: pa.Table) -> int:
+    long = [
+        rows["prompt"].unique(),
+        *(rows[name] for name in rows.column_names if name == "text" or name.startswith("error/")),
+    ]
+    return sum(pc.sum(pc.utf8_length(column)).as_py() or 0 for column in long)
+
+
+def _plain(column: pa.ChunkedArray) -> list[Any]:
+    """As a list; numbers that are not finite become None, which JSON has."""
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_finite(column), column, None)
+    return column.to_pylist()
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def _render(run: RunData) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"count": lambda n: f"{n:,}", "percent": _percent}
+    figures = figures_of(run.config, run.objectives, run.metrics, run.archive)
+    axes = front_axes(run.archive, run.objectives) if run.archive.points else {}
+    names = [objective.name for objective in run.objectives]
+    kinds = {"training": vars(run.training), "held_out": vars(run.held_out)}
+    return environment.get_template("report.html").render(
+        run=run,
+        facts=_facts(run),
+        table=[_table_row(run, point) for point in run.archive.points],
+        hypervolume=_hypervolume_sentence(run),
+        missing=_missing_of_training(run),
+        charts={key: figure["title"] for key, figure in figures.items()},
+        islands={
+            "figures-data": _island(figures),
+            "front-data": _island(axes),
+            "samples-data": _island({"objectives": names, **kinds}),
+        },
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def _island(data: Any) -> Markup:
+    """JSON that is safe inside a script element: no character of it can end the element or open another."""
+    return Markup(json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_ESCAPED))
+
+
+def _facts(run: RunData) -> list[tuple[str, str]]:
+    """The numbers at the head of the page."""
+    facts = [("steps", f"{run.steps_done:,} of {run.config.steps:,}"), ("training samples", f"{run.training.total:,}")]
+    usable = run.archive.usable()
+    if usable:
+        final = run.archive.hypervolume()
+        if usable[0].step == 0:
+            start = run.archive.hypervolume(1)
+            facts.append(("hypervolume at the start", f"{start:.3f}"))
+        facts.append(("hypervolume of the archive", f"{final:.3f}"))
+        if usable[0].step == 0 and start > 0:
+            facts.append(("ratio", f"{final / start:.2f} ×"))
+    seconds = [row["step_time"] for row in run.timings if row.get("step_time") is not None]
+    if seconds:
+        facts.append(("median time per step", f"{median(seconds):.2g} s"))
+    return facts
+
+
+def _table_row(run: RunData, point: ParetoPoint) -> dict[str, Any]:
+    """A row of the table of evaluated policies, as text."""
+    missing = [f"{name} {_percent(share)}" for name, share in point.missing.items() if share > 0]
+    return {
+        "step": point.step,
+        "values": [_mean_and_error(point, objective) for objective in run.objectives],
+        "missing": ", ".join(missing) or "none",
+        "on_front": any(point is other for other in run.archive.front()),
+        "checkpoint": point.checkpoint,
+    }
+
+
+def _mean_and_error(point: ParetoPoint, objective: Objective) -> str:
+    """As many decimals as the span of the bounds asks for."""
+    value, error = point.values[objective.name], point.standard_errors[objective.name]
+    if not math.isfinite(value):
+        return "missing"
+    span = objective.bounds[1] - objective.bounds[0]
+    decimals = max(0, 3 - math.floor(math.log10(span)))
+    return f"{value:.{decimals}f}" + (f" ± {error:.{decimals}f}" if math.isfinite(error) else "")
+
+
+def _hypervolume_sentence(run: RunData) -> str:
+    reference = run.config.evaluation.reference
+    corner = ", ".join(f"{o.name} {reference.get(o.name, o.bounds[0 if o.maximize else 1]):g}" for o in run.objectives)
+    return f"share of the possible volume that the policies dominate, from the reference point on ({corner})"
+
+
+def _missing_of_training(run: RunData) -> float | None:
+    """Largest share of missing values of any step and objective; None before the first step."""
+    keys = [f"objectives/{objective.name}/missing" for objective in run.objectives]
+    return max((row[key] for row in run.metrics for key in keys if row.get(key) is not None), default=None)
+
+
+def _percent(share: float) -> str:
+    """A share above 0 is never shown as 0 %."""
+    return "below 0.1 %" if 0 < share < 0.001 else f"{100 * share:.3g} %"

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align import __version__
+from align.advice import advise, advise_on_prompts
 from align.build import PromptSets, build_bus, load_prompts, load_tokenizer, locate_model, objectives_of
 from align.checkpoint import read_state
+from align.cli import add_train_arguments
 from align.guard import check_imports
+from align.launch import relaunch_on_cpu
 from align.plan import Plan, Schedule, make_plan
 from align.runfolder import Run, is_main, open_run, processes
 
@@ -35,16 +38,10 @@ VERSIONS = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "n
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of `python -m align.train`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="align.train", description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_arguments(parser)
+    add_train_arguments(parser)
+    relaunch_on_cpu("align.train", sys.argv[1:] if arguments is None else arguments)
     known, overrides = parser.parse_known_args(arguments)
     return train(known.config, known.resume, overrides)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of training; anything else of the form --key=value overrides a key of the configuration."""
-    parser.add_argument("--config", metavar="FILE", default="", help="configuration (YAML); not needed with --resume")
-    parser.add_argument("--resume", metavar="RUN", default="", help="go on with the run in this folder")
-    parser.epilog = "Any key of the configuration can be overridden: --steps=50 --weighting.type=fixed"
 
 
 def train(config_path: str, resume: str, overrides: Sequence[str]) -> int:
@@ -147,7 +144,8 @@ def _run(run: Run, built: Built) -> int:
         print(_summary(run, built), flush=True)
     state.wait_for_everyone()
     schedule = Schedule(config.steps, config.evaluation.every, config.checkpoint.every)
-    on_schedule = ScheduleCallback(schedule, StopSignal())
+    stop = StopSignal()
+    on_schedule = ScheduleCallback(schedule, lambda: stop.requested)
     progress = ProgressCallback(list(config.objectives), config.steps)
     learner = build_learner(run, built, schedule, [on_schedule, progress])
     start = time.perf_counter()
@@ -204,7 +202,8 @@ def _summary(run: Run, built: Built) -> str:
         f"weighting  {config.weighting.type}: {weights}",
         f"learner    {config.estimator.type}, {config.combination.type}, {config.steps} steps",
     ]
-    return "\n".join(lines)
+    warnings = [*advise(config), *advise_on_prompts(config, built.prompts)]
+    return "\n".join([*lines, *(f"warning    {warning}" for warning in warnings)])
 
 
 def _finish(run: Run, learner: "Learner", seconds: float) -> None:

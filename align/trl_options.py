@@ -106,6 +106,11 @@ def _evaluate(annotation: str) -> Any:
         return Any
 
 
+def may_be_set(name: str) -> bool:
+    """Whether an option of TRL's is the user's to set in the `trl:` table."""
+    return name not in OWNED and name not in NOT_OFFERED and not name.startswith("vllm_")
+
+
 def check_trl_options(options: Any) -> Any:
     """The `trl:` table with values converted to their types. Raises ValueError that names every bad key and its cure."""
     if not isinstance(options, dict):
@@ -119,7 +124,7 @@ def check_trl_options(options: Any) -> Any:
         elif name.startswith("vllm_"):
             problems.append(f"trl.{name} is decided by `rollout.engine`: set that instead")
         elif name not in option_types():
-            near = get_close_matches(str(name), [o for o in option_types() if o not in OWNED], 1)
+            near = get_close_matches(str(name), filter(may_be_set, option_types()), 1)
             hint = f"did you mean {near[0]!r}?" if near else "see the options of trl.GRPOConfig"
             problems.append(f"trl.{name} is not an option of TRL's GRPOConfig; {hint}")
         else:

@@ -50,7 +50,7 @@ def _check(value: object, bounds: tuple[float, float]) -> tuple[float, str]:
     if value is None:
         return math.nan, "no value"
     if isinstance(value, Exception):
-        return math.nan, f"{type(value).__name__}: {value}"
+        return math.nan, f"{type(value).__name__}: {value}".encode(errors="replace").decode()  # it goes to a file
     try:
         number = float(value)
     except (TypeError, ValueError):

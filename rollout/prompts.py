@@ -45,13 +45,21 @@ def rows_of_file(path: str) -> Iterator[Row]:
     if not file.is_file():
         raise ValueError(f"no file {path!r} (looked in {Path.cwd()})")
     if file.suffix == ".parquet":
-        import pyarrow.parquet
-
-        yield from pyarrow.parquet.read_table(file).to_pylist()
+        yield from _parquet_rows(file)
     elif file.suffix == ".jsonl":
         yield from _json_lines(file)
     else:
         raise ValueError(f"{path!r} is neither .jsonl nor .parquet; convert it, or read it with a function source")
+
+
+def _parquet_rows(file: Path) -> list[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(file).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
 
 
 def _json_lines(file: Path) -> Iterator[Row]:
@@ -125,7 +133,7 @@ def _check_row(row: Row, number: int, prompt: str, first: Row) -> None:
         raise ValueError(
             f"row {number} has no field {prompt!r} (it has {', '.join(row) or 'none'}): set `prompt` to the right one"
         )
-    if not row[prompt] or type(row[prompt]) is not type(first[prompt]):
+    if not row[prompt] or not isinstance(row[prompt], (str, list)) or type(row[prompt]) is not type(first[prompt]):
         raise ValueError(
             f"row {number}: field {prompt!r} must hold text (or, in all rows, chat messages); got {row[prompt]!r:.80}"
         )

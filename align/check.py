@@ -1,0 +1,126 @@
+"""`paretune check`: what a configuration would do, and what is wrong with it. Loads no weights, downloads nothing."""
+
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from align.advice import advise, advise_on_prompts
+from align.build import (
+    PromptSets,
+    build_bus,
+    context_length,
+    load_prompts,
+    load_tokenizer,
+    locate_model,
+    objectives_of,
+)
+from align.config import Config
+from align.load import load_config
+from align.plan import make_plan
+from rewards.types import Missing
+from rollout.prompts import Tokenizer
+from rollout.types import FinishReason, Prompt, Sample, SampleGroup
+
+SAMPLE_TEXTS = ("", "The answer is 42.")
+
+
+def check(path: str, processes: int, overrides: Sequence[str]) -> int:
+    """Print the resolved configuration, the batch arithmetic, every reward on sample texts, and warnings.
+
+    Raises:
+        ValueError: Something is wrong with it.
+    """
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    config = load_config(path, overrides)
+    plan = make_plan(config, processes)
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110), end="")
+    print(f"\nbatch: {config.rollout.prompts_per_batch} prompts x {config.rollout.samples_per_prompt} samples = "
+          f"{plan.samples_per_batch}; {plan.samples_per_process} per process, in {plan.passes_per_batch} pass(es) of "
+          f"{plan.micro_batch_size}; {plan.accumulation} pass(es) per update")  # fmt: skip
+    print(f"run:   {config.steps} steps = {plan.batches} batches, {plan.prompts} prompts, "
+          f"{plan.samples_by(config.steps)} samples")  # fmt: skip
+    warnings = advise(config)
+    model = locate_model(config.policy.model)
+    try:
+        tokenizer, context = _tokenizer(model, config)
+    except ValueError as error:
+        if Path(model).is_dir():
+            raise
+        warnings.append(f"prompts and rewards were not tried: {model} is not on this machine, training will download it")
+        print(f"\n{error}")
+    else:
+        prompts = load_prompts(config, tokenizer, context)
+        warnings += advise_on_prompts(config, prompts)
+        _print_prompts(prompts, context)
+        _try_rewards(config, prompts, tokenizer)
+    for warning in warnings:
+        print(f"warning: {warning}")
+    print(f"{path}: ok")
+    return 0
+
+
+class QuickTokenizer:
+    """A local tokenizer.json without transformers (which takes seconds to import); knows no chat templates.
+
+    Args:
+        file: The tokenizer.json.
+    """
+
+    def __init__(self, file: Path):
+        from tokenizers import Tokenizer as Backend
+
+        self._backend = Backend.from_file(str(file))
+
+    def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, list[list[int]]]:
+        """Token ids of every text."""
+        encoded = self._backend.encode_batch(text, add_special_tokens=add_special_tokens)
+        return {"input_ids": [encoding.ids for encoding in encoded]}
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+        """Not possible here."""
+        raise ValueError("chat messages need prompts.chat: true")
+
+
+def _tokenizer(model: str, config: Config) -> tuple[Tokenizer, int]:
+    file = Path(model) / "tokenizer.json"
+    if file.is_file() and not config.prompts.chat:
+        model_config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+        return QuickTokenizer(file), context_length(model_config)
+    return load_tokenizer(model, config)
+
+
+def _print_prompts(prompts: PromptSets, context: int) -> None:
+    for name, some in (("train", prompts.train), ("held out", prompts.evaluation)):
+        longest = max((len(prompt.token_ids) for prompt in some), default=0)
+        print(f"{name + ':':<9} {len(some)} prompts, at most {longest} tokens (the context holds {context})")
+    print(f"the first: {prompts.train[0].text!r:.200}")
+
+
+def _try_rewards(config: Config, prompts: PromptSets, tokenizer: Tokenizer) -> None:
+    """Score sample texts as completions of the first prompt, and print the values."""
+    token_ids = tokenizer(text=list(SAMPLE_TEXTS), add_special_tokens=False)["input_ids"]
+    group = _sample_group(prompts.train[0], token_ids)
+    matrix = build_bus(config, prompts.columns).score([group])
+    width = max(len(name) for name in config.objectives)
+    print(f"\n{'reward of':<{width}}  " + "  ".join(f"{text!r:>20}" for text in SAMPLE_TEXTS))
+    for k, objective in enumerate(objectives_of(config)):
+        cells = [f"{v:20.4g}" if math.isfinite(v) else f"{'missing':>20}" for v in matrix.raw_NK[:, k]]
+        print(f"{objective.name:<{width}}  " + "  ".join(cells))
+        reasons = {reason for (_, column), reason in matrix.errors.items() if column == k}
+        for reason in sorted(reasons):
+            print(f"{'':<{width}}  missing: {reason}")
+        if reasons and objective.missing is Missing.FAIL:
+            raise ValueError(
+                f"objectives.{objective.name}: the reward gave no value for a sample text, and a missing value stops the "
+                f"run: mend the reward, or set objectives.{objective.name}.missing"
+            )
+
+
+def _sample_group(prompt: Prompt, token_ids: Sequence[Sequence[int]]) -> SampleGroup:
+    samples = [Sample(tuple(ids), (), FinishReason.STOP, 0, text) for text, ids in zip(SAMPLE_TEXTS, token_ids, strict=True)]
+    return SampleGroup(prompt, tuple(samples))

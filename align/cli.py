@@ -1,0 +1,98 @@
+"""The `paretune` command. Every subcommand imports what it needs when it runs, so that --help answers at once."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from align import __version__
+from align.guard import check_imports
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry of the console script; returns the exit status: 0 done, 2 for a problem that the user can mend."""
+    parser = _parser()
+    options, overrides = parser.parse_known_args(arguments)
+    if overrides and not options.takes_overrides:
+        parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    sys.path.insert(0, "")  # rewards and prompt functions of the user live in the current folder
+    try:
+        check_imports()
+        return options.run(options, overrides)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="paretune", description="Align language models to several rewards at once, online.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"paretune {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    anything = "Any key of the configuration can be overridden: --steps=50 --weighting.type=schedule"
+
+    def command(name: str, run, text: str, takes_overrides: bool = False) -> argparse.ArgumentParser:
+        sub = commands.add_parser(
+            name, help=text, description=text, epilog=anything if takes_overrides else None, allow_abbrev=False
+        )
+        sub.set_defaults(run=run, takes_overrides=takes_overrides)
+        return sub
+
+    train = command("train", _train, "Train a policy (one process; `accelerate launch -m align.train` for more).", True)
+    add_train_arguments(train)
+    check = command("check", _check, "Say what a configuration would do, and what is wrong with it; loads no model.", True)
+    check.add_argument("config", metavar="FILE")
+    check.add_argument("--processes", type=int, default=1, help="learner processes to plan for (default: 1)")
+    evaluate = command("eval", _evaluate, "Evaluate checkpoints of a run, or any model, on the held-out prompts.", True)
+    evaluate.add_argument("target", metavar="RUN|MODEL", help="run folder, model folder, or hub name")
+    evaluate.add_argument("--config", metavar="FILE", default="", help="configuration; needed unless it is a run folder")
+    evaluate.add_argument("--checkpoints", default="last", help="of a run: last (default), all, or steps such as 0,40,160")
+    evaluate.add_argument("--json", metavar="FILE", default="", help="write the figures to this file")
+    report = command("report", _report, "Write report.html and front.png of a run.")
+    report.add_argument("run_folder", metavar="RUN")
+    command("schema", _schema, "Print the JSON schema of the configuration, for editors.")
+    return parser
+
+
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of training; anything else of the form --key=value overrides a key of the configuration."""
+    parser.add_argument("--config", metavar="FILE", default="", help="configuration (YAML); not needed with --resume")
+    parser.add_argument("--resume", metavar="RUN", default="", help="go on with the run in this folder")
+
+
+def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from align.train import train
+
+    return train(options.config, options.resume, overrides)
+
+
+def _check(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from align.check import check
+
+    return check(options.config, options.processes, overrides)
+
+
+def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from align.evaluate_policies import evaluate_policies
+
+    return evaluate_policies(options.target, options.config, options.checkpoints, options.json, overrides)
+
+
+def _report(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from align.report import write_report
+
+    print(write_report(Path(options.run_folder)))
+    return 0
+
+
+def _schema(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from align.load import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

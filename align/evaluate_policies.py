@@ -1,0 +1,108 @@
+"""`paretune eval`: held-out figures of checkpoints of a run, or of any model, with standard errors."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from align.build import build_bus, is_adapter, load_prompts, load_tokenizer, locate_model, objectives_of
+from align.checkpoint import complete_checkpoints
+from align.config import Config
+from align.load import load_config
+from align.pareto import hypervolume
+from align.sampling import evaluation_params
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from align.evaluate import Summary
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A policy to evaluate: its name in the table, and the folder or hub name of its weights."""
+
+    name: str
+    path: str
+
+
+def evaluate_policies(target: str, config_path: str, checkpoints: str, json_path: str, overrides: Sequence[str]) -> int:
+    """Evaluate, print a table, and write the figures to a file where one is named. Raises ValueError for bad input."""
+    run = Path(target) if (Path(target) / "metrics.jsonl").exists() or (Path(target) / "environment.json").exists() else None
+    if run is None and not config_path:
+        raise ValueError(f"{target} is not a run folder, so the objectives and prompts must come from --config FILE")
+    config = load_config(config_path or str(run / "config.json"), overrides)
+    if not config.evaluation.every:
+        raise ValueError("evaluation.every is 0: evaluation is off; set it, and prompts.evaluation")
+    policies = _policies_of(run, config, checkpoints) if run else [Policy(target, locate_model(target))]
+    summaries = {policy.name: _evaluate(policy, config) for policy in policies}
+    print(_table(summaries, config))
+    if json_path:
+        figures = {name: vars(summary) for name, summary in summaries.items()}
+        Path(json_path).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _policies_of(run: Path, config: Config, checkpoints: str) -> list[Policy]:
+    """The chosen checkpoints of a run; step 0 is the policy that it started from."""
+    start = Policy("step 0", locate_model(config.policy.model))
+    saved = {step: Policy(f"step {step}", str(path)) for step, path in complete_checkpoints(run / "checkpoints")}
+    if checkpoints == "all":
+        return [start, *saved.values()]
+    if checkpoints == "last":
+        return [list(saved.values())[-1] if saved else start]
+    chosen = []
+    for text in checkpoints.split(","):
+        if not text.strip().isdigit() or int(text) not in {0, *saved}:
+            raise ValueError(f"--checkpoints: {run} has none of step {text!r}; it has {', '.join(map(str, [0, *saved]))}")
+        chosen.append(start if int(text) == 0 else saved[int(text)])
+    return chosen
+
+
+def _evaluate(policy: Policy, config: Config) -> "Summary":
+    import torch
+
+    from align.evaluate import evaluate, summarize
+    from rollout.local import LocalSampler
+
+    tokenizer, context = load_tokenizer(policy.path, config)
+    prompts = load_prompts(config, tokenizer, context)
+    model = _load(policy.path, config).to("cuda" if torch.cuda.is_available() else "cpu")
+    stop = model.generation_config.eos_token_id
+    stop = [stop] if isinstance(stop, int) else list(stop or [])
+    sampler = LocalSampler(
+        lambda: _lend(model), tokenizer, sorted({*stop, tokenizer.eos_token_id}), config.rollout.engine.batch_size
+    )
+    params = evaluation_params(config, process=0)
+    evaluation = evaluate(sampler, build_bus(config, prompts.columns), prompts.evaluation, params, step=0)
+    return summarize(evaluation.raw_PGK, objectives_of(config))
+
+
+def _load(path: str, config: Config) -> "PreTrainedModel":
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoModelForCausalLM
+
+    loader = AutoPeftModelForCausalLM if is_adapter(path) else AutoModelForCausalLM
+    return loader.from_pretrained(path, dtype=config.policy.dtype, trust_remote_code=config.policy.trust_remote_code).eval()
+
+
+@contextmanager
+def _lend(model: "PreTrainedModel") -> Iterator["PreTrainedModel"]:
+    yield model
+
+
+def _table(summaries: "dict[str, Summary]", config: Config) -> str:
+    """One row per policy: mean +- standard error of every objective, and the hypervolume of the policy alone."""
+    objectives = objectives_of(config)
+    width = max(len("policy"), *(len(name) for name in summaries))
+    lines = [f"{'policy':<{width}}  " + "  ".join(f"{o.name:>16}" for o in objectives) + "  hypervolume"]
+    for name, summary in summaries.items():
+        cells = [f"{summary.values[o.name]:8.3f} ± {summary.standard_errors[o.name]:5.3f}" for o in objectives]
+        vector_K = np.array([float(o.scale(np.float64(summary.values[o.name]))) for o in objectives])
+        volume = hypervolume(vector_K[None], np.zeros(len(objectives))) if np.isfinite(vector_K).all() else float("nan")
+        lines.append(f"{name:<{width}}  " + "  ".join(f"{cell:>16}" for cell in cells) + f"  {volume:11.3f}")
+    return "\n".join(lines)

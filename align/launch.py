@@ -1,0 +1,37 @@
+"""Starts the processes that `accelerate launch --cpu --num_processes N` was asked for.
+
+Without MPI that command starts a single process and says nothing (accelerate 1.15). It leaves a trace: MASTER_ADDR is set
+although there is no rank. Then this process replaces itself by torch's own launcher with N processes.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+_RANKS = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # somebody did launch
+
+
+def relaunch_on_cpu(module: str, arguments: Sequence[str]) -> None:
+    """Return when nothing is to be done; else replace this process by N processes that run `module`."""
+    if not asked_for_several(os.environ):
+        return
+    import psutil
+
+    processes = processes_of(psutil.Process(os.getppid()).cmdline())
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        os.execv(sys.executable, [sys.executable, *launcher, "-m", module, *arguments])
+
+
+def asked_for_several(environment: Mapping[str, str]) -> bool:
+    """Whether the launcher meant several CPU processes and started one."""
+    on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    return on_cpu and "MASTER_ADDR" in environment and not any(rank in environment for rank in _RANKS)
+
+
+def processes_of(command: Sequence[str]) -> int:
+    """The --num_processes of an `accelerate launch` command line; 1 when it names none."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--num_processes", "--num-processes", type=int, default=1)
+    return parser.parse_known_args(list(command))[0].num_processes

@@ -1,0 +1,87 @@
+"""Shared fixtures. The tests are flat, and real models run in them: tiny ones."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from align.guard import check_imports
+
+check_imports()
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+SMALL = (  # overrides that make the quickstart a matter of seconds
+    "--steps=4",
+    "--policy.model=/tmp/tinyrandom",
+    "--rollout.prompts_per_batch=4",
+    "--rollout.samples_per_prompt=4",
+    "--prompts.train.args.count=32",
+    "--prompts.evaluation.args.count=16",
+    "--evaluation.every=2",
+    "--checkpoint.every=2",
+)
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs `python -m MODULE ARGUMENTS` (under `accelerate launch` for several processes) and captures the output."""
+
+    def run(module: str, *arguments: str, processes: int = 1, cwd: Path = ROOT, timeout: int = 240):
+        return subprocess.run(
+            command(module, *arguments, processes=processes),
+            cwd=cwd,
+            env=environment(processes),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+def command(module: str, *arguments: str, processes: int = 1) -> list[str]:
+    """The command line that runs one of our modules."""
+    if processes == 1:
+        return [sys.executable, "-m", module, *arguments]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]
+    return [*launcher, "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "-m", module, *arguments]
+
+
+def environment(processes: int) -> dict[str, str]:
+    """Environment of a child process; with several, each gets one thread so that they do not fight for the cores."""
+    threads = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", **threads}
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Rows of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def overrides(output: Path, *more: str) -> Sequence[str]:
+    """Arguments of a small training run into a folder."""
+    return ["--config", QUICKSTART, f"--output={output}", *SMALL, *more]
+
+
+@pytest.fixture
+def make_learner(tmp_path: Path):
+    """Builds a learner in this process, as `align.train` does, ready for `learner.train()`."""
+
+    def make(*more: str, name: str = "run"):
+        from align.callbacks import ScheduleCallback
+        from align.plan import Schedule
+        from align.runfolder import open_run
+        from align.train import build, build_learner
+
+        run = open_run(QUICKSTART, "", [*SMALL, f"--output={tmp_path / name}", *more])
+        run.folder.mkdir(parents=True)
+        schedule = Schedule(run.config.steps, run.config.evaluation.every, run.config.checkpoint.every)
+        return build_learner(run, build(run), schedule, [ScheduleCallback(schedule, lambda: False)])
+
+    return make

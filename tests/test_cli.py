@@ -1,0 +1,148 @@
+"""The command line: quick, torch-free where it must be, and plain about mistakes."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from align.guard import DISTRIBUTION, ImportGuardError, _check_owners
+from align.launch import asked_for_several, processes_of
+from tests.conftest import QUICKSTART, ROOT
+
+
+def paretune(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
+    code = "import sys; from align.cli import main; status = main(); print('torch' in sys.modules); sys.exit(status)"
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def fastest(*arguments: str) -> float:
+    """Seconds of the fastest of three runs: the machine may be busy."""
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert paretune(*arguments).returncode == 0
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def test_help_answers_at_once():
+    assert fastest("--help") < 1.5
+    modules = "import sys; sys.argv[1:] = ['--help']; import align.cli\ntry: align.cli.main()\nexcept SystemExit: pass\n"
+    result = subprocess.run(
+        [sys.executable, "-c", modules + "print('torch' in sys.modules)"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert result.stdout.endswith("False\n")
+    assert "check" in result.stdout
+
+
+def test_check_is_quick_and_loads_no_torch():
+    assert fastest("check", QUICKSTART) < 1.5
+    result = paretune("check", QUICKSTART)
+    assert result.stdout.endswith("False\n")
+    for part in ("16 prompts x 8 samples = 128", "held out: 256 prompts", "clarity", "quickstart.yaml: ok"):
+        assert part in result.stdout
+
+
+def test_check_plans_for_several_processes():
+    assert "64 per process" in paretune("check", QUICKSTART, "--processes", "2").stdout
+    result = paretune("check", QUICKSTART, "--processes", "3")
+    assert result.returncode == 2
+    assert "cannot be split over 3 processes" in result.stderr
+
+
+def test_check_tries_every_reward(tmp_path: Path):
+    (tmp_path / "my_rewards.py").write_text("def fragile(text): return 1 / 0\ndef shouting(text): return text.isupper()\n")
+    good = paretune("check", QUICKSTART, "--objectives.accuracy.reward=my_rewards:shouting", cwd=tmp_path)
+    assert good.returncode == 0, good.stderr
+    bad = paretune("check", QUICKSTART, "--objectives.accuracy.reward=my_rewards:fragile", cwd=tmp_path)
+    assert bad.returncode == 2
+    assert "ZeroDivisionError: division by zero" in bad.stdout
+    assert "objectives.accuracy: the reward gave no value for a sample text" in bad.stderr
+    tolerated = "--objectives.accuracy.missing=drop_sample"
+    assert (
+        paretune("check", QUICKSTART, "--objectives.accuracy.reward=my_rewards:fragile", tolerated, cwd=tmp_path).returncode
+        == 0
+    )
+
+
+def test_check_of_a_hub_model_downloads_nothing():
+    result = paretune("check", QUICKSTART, "--policy.model=nobody/nothing")
+    assert result.returncode == 0
+    assert "training will download it" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["check", "absent.yaml"], "no configuration at 'absent.yaml'"),
+        (["check", QUICKSTART, "--policy.model=./absent"], "'./absent' is not a folder with a config.json"),
+        (["check", QUICKSTART, "--policy.model=builtin:poetry"], "no built-in policy 'poetry'"),
+        (
+            ["check", QUICKSTART, "--prompts.train.function=a.b:c"],
+            "prompts.train: prompt function 'a.b:c' cannot be imported",
+        ),
+        (["check", QUICKSTART, "--prompts.train={type: file, path: absent.jsonl}"], "prompts.train: no file 'absent.jsonl'"),
+        (["check", QUICKSTART, "--rollout.max_tokens=4000"], "the model's context holds"),
+        (["check", QUICKSTART, "--objectives.accuracy.reward=judge"], "objectives.accuracy: no built-in reward 'judge'"),
+        (["train"], "nothing to train: give --config FILE"),
+        (["train", "--resume", "absent"], "--resume: absent is not a run folder"),
+        (["report", "absent"], "absent"),
+        (["eval", "absent"], "absent is not a run folder, so the objectives and prompts must come from --config"),
+    ],
+)
+def test_mistakes_are_one_plain_sentence(arguments, message):
+    result = paretune(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout.endswith("False\n")  # torch was not even imported
+
+
+def test_unknown_arguments_are_refused():
+    result = paretune("report", "runs/x", "--fast")
+    assert result.returncode == 2
+    assert "unrecognized arguments: --fast" in result.stderr
+
+
+def test_schema_is_json():
+    assert json.loads(paretune("schema").stdout.removesuffix("False\n"))["title"] == "Config"
+
+
+# --- imports ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_module_of_ours_that_is_shadowed_is_named(tmp_path: Path):
+    (tmp_path / "rewards.py").write_text("")
+    code = "import sys; sys.path[:0] = ['', sys.argv.pop(1)]; from align.cli import main; sys.exit(main())"
+    result = subprocess.run(
+        [sys.executable, "-c", code, str(ROOT), "check", QUICKSTART], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert f"`import rewards` finds {tmp_path / 'rewards.py'} instead of {ROOT / 'rewards'}" in result.stderr
+    assert "Rename it" in result.stderr
+
+
+def test_a_package_of_ours_that_others_own_too_is_named(monkeypatch):
+    owners = {"align": [DISTRIBUTION], "rewards": [DISTRIBUTION, "other-rewards"], "rollout": [DISTRIBUTION]}
+    monkeypatch.setattr("align.guard.packages_distributions", lambda: owners)
+    with pytest.raises(ImportGuardError, match="'rewards' is installed by other-rewards too"):
+        _check_owners()
+
+
+# --- several CPU processes ----------------------------------------------------------------------------------------------
+
+
+def test_the_launchers_silence_about_cpu_processes_is_noticed():
+    asked = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}
+    assert asked_for_several(asked)
+    assert not asked_for_several(asked | {"RANK": "0"})  # torch's launcher
+    assert not asked_for_several(asked | {"PMI_RANK": "0"})  # MPI
+    assert not asked_for_several({"ACCELERATE_USE_CPU": "True"})  # one process
+    assert not asked_for_several(asked | {"ACCELERATE_USE_CPU": "False"})
+    command = ["python", "accelerate", "launch", "--cpu", "--num_processes", "2", "-m", "align.train", "--config", "x"]
+    assert processes_of(command) == 2
+    assert processes_of(["accelerate", "launch", "--num-processes=3", "-m", "align.train"]) == 3
+    assert processes_of(["accelerate", "launch", "-m", "align.train"]) == 1

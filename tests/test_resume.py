@@ -1,0 +1,169 @@
+"""Killed with SIGKILL at any step and resumed, a run ends as if nothing had happened: bit for bit."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from align.checkpoint import complete_checkpoints
+from tests.conftest import ROOT, command, environment, overrides, read_lines
+
+RUN = ("--steps=8", "--checkpoint.every=3", "--evaluation.every=3", "--checkpoint.keep=1")
+MID_BATCH = (*RUN, "--learner.updates_per_batch=2", "--learner.iterations_per_batch=2", "--learner.micro_batch_size=4")
+LAST = "{step: 6, weights: {accuracy: 0, brevity: 1, clarity: 0}}"
+KL = (*RUN, "--trl.beta=0.05", "--weighting.type=schedule", f"--weighting.milestones=[{LAST}]")
+
+
+def start(folder: Path, *more: str, processes: int = 1) -> subprocess.Popen:
+    return subprocess.Popen(
+        command("align.train", *overrides(folder, *more), processes=processes),
+        cwd=ROOT, env=environment(processes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+
+
+def steps_done(folder: Path) -> int:
+    metrics = folder / "metrics.jsonl"
+    return metrics.read_text().count("\n") if metrics.exists() else 0
+
+
+def kill_at(process: subprocess.Popen, folder: Path, step: int) -> None:
+    """SIGKILL the whole session once `step` steps are done (or a checkpoint is being written)."""
+    deadline = time.monotonic() + 200
+    while steps_done(folder) < step:
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def resume(folder: Path, processes: int) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        command("align.train", "--resume", str(folder), processes=processes),
+        cwd=ROOT, env=environment(processes), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+def assert_equal(a: Path, b: Path) -> None:
+    """Parameters, optimiser, weights, metrics, samples, held-out samples and archive, byte for byte."""
+    files = sorted(p.relative_to(a) for p in [*a.glob("samples/*"), *a.glob("evaluation/*")])
+    assert files
+    last = complete_checkpoints(a / "checkpoints")[-1][1].relative_to(a)
+    for file in [*files, Path("metrics.jsonl"), Path("archive.jsonl"), last / "model.safetensors", last / "paretune.json"]:
+        assert (a / file).read_bytes() == (b / file).read_bytes(), f"{file} differs"
+    assert sorted(p.name for p in (a / "samples").iterdir()) == sorted(p.name for p in (b / "samples").iterdir())
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """Uninterrupted runs, one for each way of running, made once."""
+    made = {}
+
+    def run(more: tuple[str, ...], processes: int) -> Path:
+        if (more, processes) not in made:
+            folder = tmp_path_factory.mktemp("straight") / "run"
+            assert start(folder, *more, processes=processes).wait(timeout=240) == 0
+            made[more, processes] = folder
+        return made[more, processes]
+
+    return run
+
+
+@pytest.mark.parametrize("step", [1, 3, 5, 7])
+def test_killed_at_a_step(tmp_path, straight, step):
+    folder = tmp_path / "run"
+    kill_at(start(folder, *RUN), folder, step)
+    result = resume(folder, processes=1)
+    assert result.returncode == 0, result.stderr
+    assert_equal(straight(RUN, 1), folder)
+
+
+@pytest.mark.parametrize("more", [MID_BATCH, KL], ids=["in the middle of a batch", "with a reference and a schedule"])
+def test_killed_in_other_settings(tmp_path, straight, more):
+    folder = tmp_path / "run"
+    kill_at(start(folder, *more), folder, 5)
+    assert resume(folder, processes=1).returncode == 0
+    assert_equal(straight(more, 1), folder)
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_killed_in_two_processes(tmp_path, straight, step):
+    folder = tmp_path / "run"
+    kill_at(start(folder, *RUN, processes=2), folder, step)
+    result = resume(folder, processes=2)
+    assert result.returncode == 0, result.stderr
+    assert_equal(straight(RUN, 2), folder)
+
+
+def test_a_checkpoint_cut_off_by_the_kill_is_passed_over(tmp_path, straight):
+    folder = tmp_path / "run"
+    shutil.copytree(straight(RUN, 1), folder)
+    last = folder / "checkpoints" / "checkpoint-8"
+    (last / "paretune.json").unlink()
+    (last / "model.safetensors").write_bytes(b"cut off")
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-6", ignore_errors=True)
+    shutil.rmtree(folder / "checkpoints" / "checkpoint-3", ignore_errors=True)
+    assert resume(folder, processes=1).returncode == 0  # nothing complete is left: from the start
+    assert_equal(straight(RUN, 1), folder)
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(tmp_path, straight):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        command("align.train", *overrides(folder, *RUN)), cwd=ROOT, env=environment(1),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    while steps_done(folder) < 4:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    stopped_at = complete_checkpoints(folder / "checkpoints")[-1][0]
+    assert 4 <= stopped_at < 8
+    assert f"stopped after step {stopped_at}; go on with: paretune train --resume {folder}" in output
+    assert resume(folder, processes=1).returncode == 0
+    assert_equal(straight(RUN, 1), folder)
+
+
+def test_a_complete_run_says_so(straight):
+    result = resume(straight(RUN, 1), processes=1)
+    assert result.returncode == 0
+    assert "is complete: 8 steps" in result.stdout
+
+
+def test_what_cannot_be_resumed_is_refused(tmp_path, straight):
+    folder = straight(RUN, 1)
+    other = subprocess.run(
+        command("align.train", *overrides(folder, *RUN, "--seed=1"), "--resume", str(folder)),
+        cwd=ROOT, env=environment(1), capture_output=True, text=True,
+    )  # fmt: skip
+    assert other.returncode == 2
+    assert "was started with another configuration (differs in seed)" in other.stderr
+
+    result = resume(folder, processes=2)
+    assert result.returncode != 0
+    assert "was written by 1 processes, this is 2: launch with --num_processes 1" in result.stderr
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text()) | {"seed": 5}
+    (copy / "config.json").write_text(json.dumps(config))
+    result = resume(copy, processes=1)
+    assert result.returncode == 2
+    assert "was written by another configuration than" in result.stderr
+
+
+def test_a_run_folder_is_never_overwritten(straight):
+    folder = straight(RUN, 1)
+    before = read_lines(folder / "metrics.jsonl")
+    again = subprocess.run(
+        command("align.train", *overrides(folder, *RUN)), cwd=ROOT, env=environment(1), capture_output=True, text=True
+    )
+    assert again.returncode == 2
+    assert f"{folder} already holds a run. Go on with it by --resume {folder}" in again.stderr
+    assert read_lines(folder / "metrics.jsonl") == before

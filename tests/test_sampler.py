@@ -1,0 +1,116 @@
+"""Sampling with transformers: groups, stopping, seeds, and the distribution that it samples from."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from align.build import locate_model
+from rollout.local import LocalSampler
+from rollout.sampler import SamplingParams
+from rollout.types import FinishReason, Prompt
+
+
+@pytest.fixture(scope="module")
+def policy():
+    folder = locate_model("builtin:arithmetic")
+    return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def sampler(policy):
+    return make_sampler(policy)
+
+
+def make_sampler(policy, batch_size: int = 256) -> LocalSampler:
+    model, tokenizer = policy
+
+    @contextmanager
+    def lend():
+        yield model
+
+    return LocalSampler(lend, tokenizer, [tokenizer.eos_token_id], batch_size)
+
+
+def prompts_of(policy, *texts: str) -> list[Prompt]:
+    tokenizer = policy[1]
+    return [Prompt(str(i), text, tuple(tokenizer(text)["input_ids"]), {}) for i, text in enumerate(texts)]
+
+
+def params(**changes) -> SamplingParams:
+    return SamplingParams(**({"samples_per_prompt": 3, "max_tokens": 24, "seed": 1} | changes))
+
+
+def test_groups_follow_the_prompts_and_completions_end_once(policy, sampler):
+    sampler.sync(iter(()), version=7)
+    groups = sampler.sample(prompts_of(policy, "7+5-3=?", "1+1+1+1=?"), params())
+    assert [group.prompt.text for group in groups] == ["7+5-3=?", "1+1+1+1=?"]
+    stop, tokenizer = policy[1].eos_token_id, policy[1]
+    for group in groups:
+        assert len(group.samples) == 3
+        for sample in group.samples:
+            assert sample.policy_version == 7
+            assert 1 <= len(sample.token_ids) <= 24
+            assert stop not in sample.token_ids[:-1]
+            assert (sample.finish_reason is FinishReason.STOP) == (sample.token_ids[-1] == stop)
+            assert sample.text == tokenizer.decode(sample.token_ids, skip_special_tokens=True)
+
+
+def test_the_limit_is_a_limit(policy, sampler):
+    samples = sampler.sample(prompts_of(policy, "7+5-3=?"), params(max_tokens=1))[0].samples
+    assert all(len(s.token_ids) == 1 and s.finish_reason is FinishReason.LENGTH for s in samples)
+
+
+def test_the_seed_decides_and_global_numbers_do_not(policy, sampler):
+    prompts = prompts_of(policy, "7+5-3=?", "9-4+4=?")
+    torch.manual_seed(0)
+    first = sampler.sample(prompts, params())
+    torch.manual_seed(99)
+    before = torch.random.get_rng_state()
+    assert sampler.sample(prompts, params()) == first
+    assert (torch.random.get_rng_state() == before).all()
+    assert sampler.sample(prompts, params(seed=2)) != first
+
+
+def test_greedy_is_greedy_and_batches_do_not_matter_to_it(policy):
+    prompts = prompts_of(policy, "7+5-3=?", "9-4+4-1=?", "1+2+3=?")
+    whole = make_sampler(policy).sample(prompts, params(temperature=0, samples_per_prompt=1))
+    one_by_one = make_sampler(policy, batch_size=1).sample(prompts, params(temperature=0, samples_per_prompt=1))
+    assert [g.samples[0].token_ids for g in whole] == [g.samples[0].token_ids for g in one_by_one]  # padding is no matter
+    model, tokenizer = policy
+    ids = list(prompts[1].token_ids)
+    for token in whole[1].samples[0].token_ids:
+        assert int(model(torch.tensor([ids])).logits[0, -1].argmax()) == token
+        ids.append(token)
+
+
+def test_samples_come_from_the_models_distribution(policy, sampler):
+    """First tokens of 4,000 samples against softmax(logits): total variation within what chance allows."""
+    model, _ = policy
+    prompt = prompts_of(policy, "7+5-3=?")[0]
+    expected = model(torch.tensor([prompt.token_ids])).logits[0, -1].softmax(-1)
+    group = sampler.sample([prompt], params(samples_per_prompt=4000, max_tokens=1))[0]
+    counts = torch.bincount(torch.tensor([s.token_ids[0] for s in group.samples]), minlength=len(expected))
+    distance = 0.5 * (counts / 4000 - expected).abs().sum()
+    assert distance < 0.5 * ((2 / torch.pi * expected * (1 - expected) / 4000).sqrt().sum()) * 2
+
+
+def test_settings_that_came_with_the_model_do_not_leak_in(policy, sampler):
+    model, _ = policy
+    prompts = prompts_of(policy, "7+5-3=?")
+    plain = sampler.sample(prompts, params(samples_per_prompt=8))
+    mine = model.generation_config
+    model.generation_config = GenerationConfig(top_k=1, repetition_penalty=5.0, suppress_tokens=list(range(256)))
+    try:
+        assert sampler.sample(prompts, params(samples_per_prompt=8)) == plain
+        assert model.generation_config.top_k == 1
+    finally:
+        model.generation_config = mine
+
+
+def test_top_k_and_top_p_narrow(policy, sampler):
+    prompts = prompts_of(policy, "7+5-3=?")
+    greedy = sampler.sample(prompts, params(temperature=0, samples_per_prompt=1))[0].samples[0].token_ids
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        assert {s.token_ids for s in sampler.sample(prompts, params(**narrow))[0].samples} == {greedy}
