@@ -107,9 +107,14 @@ def _nan(number: float | None) -> float:
 
 
 def read_points(path: Path) -> list[ParetoPoint]:
-    """Points of an archive file. Raises ValueError with the line number of a line that is none."""
+    """Points of an archive file; a last line that a crash cut off is passed over.
+
+    Raises:
+        ValueError: With the line number of a line that is no point.
+    """
     points = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    for number, line in enumerate(complete.splitlines(), 1):
         try:
             data: dict[str, Any] = json.loads(line)
             for key in ("values", "standard_errors"):

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jinja2 import Environment, FileSystemLoader
-from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from align.archive import Archive, ParetoPoint
@@ -189,14 +188,14 @@ def _render(run: RunData) -> str:
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"count": lambda n: f"{n:,}", "percent": _percent}
-    figures = figures_of(run.config, run.objectives, run.metrics, run.archive)
+    figures = figures_of(run.objectives, run.metrics, run.archive)
     axes = front_axes(run.archive, run.objectives) if run.archive.points else {}
     names = [objective.name for objective in run.objectives]
     kinds = {"training": vars(run.training), "held_out": vars(run.held_out)}
     return environment.get_template("report.html").render(
         run=run,
         facts=_facts(run),
-        table=[_table_row(run, point) for point in run.archive.points],
+        table=_table(run),
         hypervolume=_hypervolume_sentence(run),
         missing=_missing_of_training(run),
         charts={key: figure["title"] for key, figure in figures.items()},
@@ -205,43 +204,44 @@ def _render(run: RunData) -> str:
             "front-data": _island(axes),
             "samples-data": _island({"objectives": names, **kinds}),
         },
-        plotly=Markup(get_plotlyjs()),
+        plotly=get_plotlyjs(),
     )
 
 
-def _island(data: Any) -> Markup:
+def _island(data: Any) -> str:
     """JSON that is safe inside a script element: no character of it can end the element or open another."""
-    return Markup(json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_ESCAPED))
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_ESCAPED)
 
 
 def _facts(run: RunData) -> list[tuple[str, str]]:
     """The numbers at the head of the page."""
     facts = [("steps", f"{run.steps_done:,} of {run.config.steps:,}"), ("training samples", f"{run.training.total:,}")]
-    usable = run.archive.usable()
-    if usable:
-        final = run.archive.hypervolume()
-        if usable[0].step == 0:
-            start = run.archive.hypervolume(1)
-            facts.append(("hypervolume at the start", f"{start:.3f}"))
-        facts.append(("hypervolume of the archive", f"{final:.3f}"))
-        if usable[0].step == 0 and start > 0:
-            facts.append(("ratio", f"{final / start:.2f} ×"))
+    archive = run.archive
+    if archive.usable():
+        starts_untrained = archive.usable()[0].step == 0
+        first, final = archive.hypervolume(1), archive.hypervolume()
+        if starts_untrained:
+            facts.append(("hypervolume at the start", f"{first:.3g}"))
+        facts.append(("hypervolume of the archive", f"{final:.3g}"))
+        if starts_untrained and first > 0:
+            facts.append(("ratio", f"{final / first:.3g} ×"))
     seconds = [row["step_time"] for row in run.timings if row.get("step_time") is not None]
-    if seconds:
-        facts.append(("median time per step", f"{median(seconds):.2g} s"))
-    return facts
+    return [*facts, ("median time per step", f"{median(seconds):.2g} s")] if seconds else facts
 
 
-def _table_row(run: RunData, point: ParetoPoint) -> dict[str, Any]:
-    """A row of the table of evaluated policies, as text."""
-    missing = [f"{name} {_percent(share)}" for name, share in point.missing.items() if share > 0]
-    return {
-        "step": point.step,
-        "values": [_mean_and_error(point, objective) for objective in run.objectives],
-        "missing": ", ".join(missing) or "none",
-        "on_front": any(point is other for other in run.archive.front()),
-        "checkpoint": point.checkpoint,
-    }
+def _table(run: RunData) -> list[dict[str, Any]]:
+    """A row for every evaluated policy, as text."""
+    on_front = {point.step for point in run.archive.front()}
+    return [
+        {
+            "step": point.step,
+            "values": [_mean_and_error(point, objective) for objective in run.objectives],
+            "missing": ", ".join(f"{name} {_percent(share)}" for name, share in point.missing.items() if share > 0),
+            "on_front": point.step in on_front,
+            "checkpoint": point.checkpoint,
+        }
+        for point in run.archive.points
+    ]
 
 
 def _mean_and_error(point: ParetoPoint, objective: Objective) -> str:

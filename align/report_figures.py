@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import permutations
+from itertools import cycle, permutations
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from align.archive import Archive, ParetoPoint
-from align.config import Config
 from align.pareto import nondominated
 from rewards.types import Objective
 
@@ -22,6 +21,7 @@ Chart = dict[str, Any]  # "title", and plotly's "data" and "layout"
 COLOURS = ("#3b82c4", "#d9772b", "#2f9e6e", "#9467c8", "#d1495b", "#1b9aaa", "#b38f1d", "#7f8894")  # on white and on black
 SCALE = ("#5b6ee1", "#c4569a", "#f0883e")  # from the first step to the last
 MUTED = "#8a939c"
+DASHES = ("solid", "dash", "dot", "dashdot")
 OTHER, ON_FRONT, INITIAL = "other policies", "on the Pareto front", "initial policy"  # kinds of points
 MAX_LABELS = 12  # points on the front that are labelled with their step
 CURVES = {
@@ -30,33 +30,27 @@ CURVES = {
     "kl": "KL divergence from the reference policy",
     "entropy": "entropy (nats per token)",
     "completions/mean_length": "completion length (tokens)",
-    "groups/effective": "share of groups with a spread in rewards",
+    "groups/effective": "share of effective groups",
     "learning_rate": "learning rate",
     "policy_age": "age of the sampling policy (steps)",
 }
 ONLY_IF_IT_CHANGES = ("learning_rate", "policy_age")
 
 
-def figures_of(
-    config: Config, objectives: Sequence[Objective], metrics: Sequence[Row], archive: Archive
-) -> dict[str, Chart]:
+def figures_of(objectives: Sequence[Objective], metrics: Sequence[Row], archive: Archive) -> dict[str, Chart]:
     """Every figure there is data for; the part of a key before the colon names the section of the page."""
-    figures = {}
-    if archive.points:
-        figures["front:0"] = (
-            _front_figure(archive, objectives) if len(objectives) > 1 else _value_figure(archive, objectives[0])
-        )
-    for k, objective in enumerate(objectives if metrics else ()):
-        figures[f"objectives:{k}"] = _objective_figure(objective, COLOURS[k % len(COLOURS)], metrics, archive.points)
     names = [objective.name for objective in objectives]
-    if any(_ever_above(metrics, f"objectives/{name}/missing") for name in names):
-        series = {name: f"objectives/{name}/missing" for name in names}
-        figures["missing:0"] = _curves("share of missing values", metrics, series)
+    sections: dict[str, list[Chart]] = {}
+    if archive.points:
+        sections["front"] = [_front_figure(archive, objectives) if len(names) > 1 else _value_figure(archive, objectives[0])]
     if metrics:
-        figures["weights:0"] = _curves("weights", metrics, {name: f"weights/{name}" for name in names})
-        figures |= {f"weights:{i + 1}": chart for i, chart in enumerate(_scheme_figures(metrics, names))}
-    keys = [key for key in CURVES if _changes(metrics, key) or (key not in ONLY_IF_IT_CHANGES and _series(metrics, key)[0])]
-    return figures | {f"curves:{i}": _curves(CURVES[key], metrics, {"": key}) for i, key in enumerate(keys)}
+        colours = cycle(COLOURS)
+        sections["objectives"] = [_objective_figure(o, next(colours), metrics, archive.points) for o in objectives]
+        sections["missing"] = _missing_figures(metrics, names)
+        sections["weights"] = [_curves("weights", metrics, {name: f"weights/{name}" for name in names})]
+        sections["weights"] += _scheme_figures(metrics, names)
+        sections["curves"] = [_curves(CURVES[key], metrics, {"": key}) for key in CURVES if _is_worth_drawing(metrics, key)]
+    return {f"{section}:{i}": chart for section, charts in sections.items() for i, chart in enumerate(charts)}
 
 
 # --- over steps -------------------------------------------------------------------------------------------------------
@@ -68,21 +62,20 @@ def _series(metrics: Iterable[Row], key: str) -> tuple[list[int], list[float | N
     return [row["step"] for row in rows], [row[key] for row in rows]
 
 
-def _changes(metrics: Iterable[Row], key: str) -> bool:
-    return len(set(_series(metrics, key)[1])) > 1
-
-
-def _ever_above(metrics: Iterable[Row], key: str, limit: float = 0.0) -> bool:
-    return any(value is not None and value > limit for value in _series(metrics, key)[1])
+def _is_worth_drawing(metrics: Iterable[Row], key: str) -> bool:
+    values = _series(metrics, key)[1]
+    return len(set(values)) > 1 if key in ONLY_IF_IT_CHANGES else bool(values)
 
 
 def _curves(title: str, metrics: Sequence[Row], series: Mapping[str, str]) -> Chart:
     """Lines over steps, by label; one without a label stands alone."""
     data = []
     for i, (label, key) in enumerate(series.items()):
-        steps, values = _series(metrics, key)
-        data.append(_line(steps, values, label, COLOURS[i % len(COLOURS)] if label else MUTED))
-    return {"title": title, "data": data, "layout": {"showlegend": len(data) > 1, "xaxis": {"title": {"text": "step"}}}}
+        line = _line(*_series(metrics, key), label, COLOURS[i % len(COLOURS)] if label else MUTED)
+        line["line"]["dash"] = DASHES[i % len(DASHES)]  # equal weights lie on each other
+        data.append(line)
+    axes = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"rangemode": "tozero" if all(series) else "normal"}}
+    return {"title": title, "data": data, "layout": {"showlegend": all(series), **axes}}
 
 
 def _line(steps: Sequence[int], values: Sequence[float | None], label: str, colour: str) -> dict[str, Any]:
@@ -96,6 +89,13 @@ def _line(steps: Sequence[int], values: Sequence[float | None], label: str, colo
         "marker": {"color": colour},
         "hovertemplate": "step %{x}: %{y:.4g}" + ("<extra></extra>" if not label else ""),
     }
+
+
+def _missing_figures(metrics: Sequence[Row], names: Sequence[str]) -> list[Chart]:
+    """One line per objective, where any value is missing."""
+    series = {name: f"objectives/{name}/missing" for name in names}
+    any_missing = any(share for key in series.values() for share in _series(metrics, key)[1])
+    return [_curves("share of missing values", metrics, series)] if any_missing else []
 
 
 def _scheme_figures(metrics: Sequence[Row], names: Sequence[str]) -> list[Chart]:
@@ -121,10 +121,11 @@ def _objective_figure(objective: Objective, colour: str, metrics: Sequence[Row],
         "x": [p.step for p in held_out],
         "y": [p.values[objective.name] for p in held_out],
         "error_y": _error_bars([_finite(p.standard_errors[objective.name]) for p in held_out]),
-        "marker": {"color": colour, "size": 8, "symbol": "circle", "line": {"width": 1.5}},
+        "marker": {"color": colour, "size": 7},
+        "line": {"color": colour},
         "hovertemplate": "step %{x}: %{y:.4g}",
     }
-    training = {**_line(steps, means, "training batch", colour), "opacity": 0.65}
+    training = {**_line(steps, means, "training batch", colour), "opacity": 0.6}
     layout = {"showlegend": bool(held_out), "xaxis": {"title": {"text": "step"}}}
     return {"title": axis_title(objective), "data": [training, markers] if held_out else [training], "layout": layout}
 
@@ -132,7 +133,9 @@ def _objective_figure(objective: Objective, colour: str, metrics: Sequence[Row],
 def _value_figure(archive: Archive, objective: Objective) -> Chart:
     """The one objective of every evaluated policy over steps."""
     chart = _objective_figure(objective, COLOURS[0], (), archive.points)
-    return {**chart, "data": chart["data"][1:], "layout": {**chart["layout"], "showlegend": False}}
+    layout = {**chart["layout"], "showlegend": False, "yaxis": {"title": {"text": chart["title"]}}}
+    lines = [{**held_out, "mode": "lines+markers"} for held_out in chart["data"][1:]]
+    return {"title": "evaluated policies", "data": lines, "layout": layout}
 
 
 def axis_title(objective: Objective) -> str:
@@ -163,7 +166,8 @@ def staircase(points: Sequence[ParetoPoint], x: Objective, y: Objective) -> tupl
     vectors_M2 = np.array([point.vector_K((x, y)) for point in points])
     if not len(vectors_M2):
         return [], []
-    front = [points[i] for i in np.argsort(vectors_M2[:, 0]) if nondominated(vectors_M2)[i]]
+    on_front = nondominated(vectors_M2)
+    front = [points[i] for i in np.argsort(vectors_M2[:, 0]) if on_front[i]]
     xs, ys = [front[0].values[x.name]], [front[0].values[y.name]]
     for point in front[1:]:
         xs += [xs[-1], point.values[x.name]]
@@ -202,14 +206,15 @@ def _shown(archive: Archive, objectives: Sequence[Objective]) -> list[Objective]
 
 
 def _kinds(archive: Archive) -> dict[str, list[ParetoPoint]]:
-    """Points by how they are drawn; each is of one kind."""
+    """The points by how they are drawn; no kind is empty, and each point is of one."""
     on_front = {point.step for point in archive.front()}
     trained = [point for point in archive.points if point.step > 0]
-    return {
+    kinds = {
         OTHER: [p for p in trained if p.step not in on_front],
         ON_FRONT: [p for p in trained if p.step in on_front],
         INITIAL: [p for p in archive.points if p.step == 0],
     }
+    return {kind: points for kind, points in kinds.items() if points}
 
 
 def _front_figure(archive: Archive, objectives: Sequence[Objective]) -> Chart:
@@ -217,15 +222,13 @@ def _front_figure(archive: Archive, objectives: Sequence[Objective]) -> Chart:
     axes = front_axes(archive, objectives)
     x, y = axes["shown"]
     corners = axes["stairs"][x][y]
-    name = "front" if len(objectives) == 2 else "front in these two"
-    line = {"color": MUTED, "width": 1.5, "dash": "dot"}
     stairs = {
         "type": "scatter",
         "mode": "lines",
-        "name": name,
+        "name": "front" if len(objectives) == 2 else "front in these two",
         "x": corners[0],
         "y": corners[1],
-        "line": line,
+        "line": {"color": MUTED, "width": 1.5, "dash": "dot"},
         "hoverinfo": "skip",
     }
     data = [stairs, *(_cloud(kind, points, objectives, archive) for kind, points in _kinds(archive).items())]
@@ -249,7 +252,7 @@ def _cloud(kind: str, points: Sequence[ParetoPoint], objectives: Sequence[Object
         "colorscale": [[i / (len(SCALE) - 1), colour] for i, colour in enumerate(SCALE)],
         "cmin": 0,
         "cmax": max(1, archive.points[-1].step),
-        "showscale": kind == OTHER,
+        "showscale": kind == next(iter(_kinds(archive))),
         "colorbar": {"title": {"text": "step"}, "thickness": 10, "outlinewidth": 0},
     }
     return {
@@ -259,6 +262,7 @@ def _cloud(kind: str, points: Sequence[ParetoPoint], objectives: Sequence[Object
         "marker": {**colours, **look[kind]},
         "text": labels,
         "textposition": "top right",
+        "cliponaxis": False,
         "hovertext": [_hover(p, objectives) for p in points],
         "hoverinfo": "text",
     }
@@ -268,12 +272,18 @@ def _hover(point: ParetoPoint, objectives: Sequence[Objective]) -> str:
     lines = [f"<b>step {point.step}</b>"]
     for objective in objectives:
         value, error = point.values[objective.name], point.standard_errors[objective.name]
-        number = f"{value:.4g} ± {error:.2g}" if math.isfinite(value) else "missing"
-        lines.append(f"{objective.name}: {number}")
+        bar = f" ± {error:.2g}" if math.isfinite(error) else ""
+        lines.append(f"{objective.name}: {value:.4g}{bar}" if math.isfinite(value) else f"{objective.name}: missing")
     return "<br>".join(lines)
 
 
 # --- front.png --------------------------------------------------------------------------------------------------------
+
+LOOKS = {
+    OTHER: {"s": 40, "alpha": 0.6},
+    ON_FRONT: {"s": 75, "edgecolors": "#1d2126", "linewidths": 1.4},
+    INITIAL: {"s": 75, "marker": "D", "edgecolors": "white"},
+}
 
 
 def draw_front(path: Path, archive: Archive, objectives: Sequence[Objective]) -> None:
@@ -282,7 +292,8 @@ def draw_front(path: Path, archive: Archive, objectives: Sequence[Objective]) ->
     axes = figure.subplots()
     if not archive.usable():
         axes.axis("off")
-        axes.text(0.5, 0.5, "no evaluated policy has a value for every objective", ha="center", color=MUTED, fontsize=13)
+        why = "no evaluated policy has a value for every objective" if archive.points else "no policy has been evaluated"
+        axes.text(0.5, 0.5, why, ha="center", color=MUTED, fontsize=13)
     else:
         _style(axes)
         (_draw_plane if len(objectives) > 1 else _draw_values)(axes, archive, objectives)
@@ -291,49 +302,53 @@ def draw_front(path: Path, archive: Archive, objectives: Sequence[Objective]) ->
 
 def _style(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
     axes.grid(color="#e6e8eb", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(labelsize=11)
+    axes.tick_params(labelsize=11, color=MUTED)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.label.set_size(13)
 
 
 def _draw_values(axes: Axes, archive: Archive, objectives: Sequence[Objective]) -> None:
-    name, points = objectives[0].name, archive.usable()
-    values, errors = (
-        [table[name] for table in tables] for tables in zip(*((p.values, p.standard_errors) for p in points), strict=True)
-    )
-    axes.errorbar([p.step for p in points], values, yerr=errors, color=COLOURS[0], marker="o", capsize=0, ecolor=MUTED)
-    axes.set_xlabel("step", fontsize=13)
-    axes.set_ylabel(axis_title(objectives[0]), fontsize=13)
+    objective, points = objectives[0], archive.usable()
+    values = [point.values[objective.name] for point in points]
+    errors = [point.standard_errors[objective.name] for point in points]
+    axes.errorbar([point.step for point in points], values, yerr=errors, color=COLOURS[0], marker="o", ecolor=MUTED)
+    axes.set(xlabel="step", ylabel=axis_title(objective))
 
 
 def _draw_plane(axes: Axes, archive: Archive, objectives: Sequence[Objective]) -> None:
-    order = widest_axes(archive, objectives)
+    """The third widest objective is the colour, or the step where there are only two."""
     x, y = _shown(archive, objectives)
-    colour = objectives[order[2]] if len(order) > 2 else None
+    third, *others = [objectives[k] for k in widest_axes(archive, objectives)[2:]] or [None]
+
+    def shade(point: ParetoPoint) -> float:
+        return point.values[third.name] if third else point.step
+
     usable = archive.usable()
-    shades = [point.values[colour.name] if colour else point.step for point in usable]
-    limits = {"vmin": min(shades), "vmax": max(shades), "cmap": LinearSegmentedColormap.from_list("steps", SCALE)}
+    shades = [shade(point) for point in usable]
+    scale = {"vmin": min(shades), "vmax": max(shades), "cmap": LinearSegmentedColormap.from_list("steps", SCALE)}
     axes.plot(*staircase(usable, x, y), color=MUTED, linewidth=1.4, linestyle=":", zorder=1)
-    looks = (
-        {"s": 50, "alpha": 0.6},
-        {"s": 110, "edgecolors": "#1d2126", "linewidths": 1.6},
-        {"s": 110, "marker": "D", "edgecolors": "#1d2126"},
-    )
-    for (kind, points), look in zip(_kinds(archive).items(), looks, strict=True):
-        points = [p for p in points if p in usable]
-        if not points:
-            continue
-        xs, ys = ([p.values[o.name] for p in points] for o in (x, y))
-        errors = [[p.standard_errors[o.name] for p in points] for o in (x, y)]
-        axes.errorbar(xs, ys, xerr=errors[0], yerr=errors[1], fmt="none", ecolor=MUTED, elinewidth=1, zorder=2)
-        shade = [point.values[colour.name] if colour else point.step for point in points]
-        drawn = axes.scatter(xs, ys, c=shade, label=kind, zorder=3, **look, **limits)
+    for kind, points in _kinds(archive).items():
+        points = [point for point in points if point in usable]
+        xs, ys = ([point.values[o.name] for point in points] for o in (x, y))
+        bars = [[point.standard_errors[o.name] for point in points] for o in (x, y)]
+        axes.errorbar(xs, ys, xerr=bars[0], yerr=bars[1], fmt="none", ecolor=MUTED, elinewidth=1.2, zorder=2)
+        drawn = axes.scatter(xs, ys, c=[shade(p) for p in points], label=kind, zorder=3, **LOOKS[kind], **scale)
         if kind == ON_FRONT and len(points) <= MAX_LABELS:
-            for point, px, py in zip(points, xs, ys, strict=True):
-                axes.annotate(f"step {point.step}", (px, py), (7, 7), textcoords="offset points", fontsize=10)
+            for point, *place in zip(points, xs, ys, strict=True):
+                axes.annotate(f"step {point.step}", place, (6, 6), textcoords="offset points", fontsize=10.5)
     bar = axes.figure.colorbar(drawn, ax=axes, aspect=30, pad=0.02)
-    bar.set_label(axis_title(colour) if colour else "step", fontsize=12)
+    bar.set_label(axis_title(third) if third else "step", fontsize=12)
     bar.outline.set_visible(False)
-    axes.set_xlabel(axis_title(x), fontsize=13)
-    axes.set_ylabel(axis_title(y), fontsize=13)
-    axes.legend(loc="best", fontsize=11, frameon=False)
+    axes.set(xlabel=axis_title(x), ylabel=axis_title(y))
+    axes.margins(0.09)
+    axes.legend(loc="best", fontsize=11, framealpha=0.8, edgecolor="none")
+    if others:
+        axes.figure.supxlabel("not shown: " + "; ".join(_span(usable, o) for o in others), fontsize=10, color="#5c6670")
+
+
+def _span(points: Sequence[ParetoPoint], objective: Objective) -> str:
+    values = [point.values[objective.name] for point in points]
+    return f"{objective.name} {min(values):.3g} to {max(values):.3g}"

@@ -39,7 +39,7 @@ def expressions(split: str, count: int, seed: int = 0, terms: Sequence[int] = (3
         ValueError: An argument is out of range, or the split holds fewer than `count` such expressions.
     """
     _check(split, count, terms, operators)
-    pools = sorted((_pool(split, number, operators) for number in sorted(set(terms))), key=len)
+    pools = sorted((all_expressions(split, number, operators) for number in sorted(set(terms))), key=len)
     available = sum(map(len, pools))
     if count > available:
         raise ValueError(
@@ -70,7 +70,8 @@ def _check(split: str, count: int, terms: Sequence[int], operators: str) -> None
         raise ValueError(f"operators={operators!r} must be one or more of +, - and *, each once")
 
 
-def _pool(split: str, terms: int, operators: str) -> list[str]:
+def all_expressions(split: str, terms: int, operators: str) -> list[str]:
+    """All expressions of a split with that many terms."""
     digits = "123456789"
     followers = [operator + digit for operator in operators for digit in digits]
     chains = map("".join, itertools.product(digits, *[followers] * (terms - 1)))

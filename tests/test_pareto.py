@@ -107,3 +107,14 @@ def test_a_broken_line_is_named(tmp_path):
     (tmp_path / "a").write_text('{"step": 1}\n')
     with pytest.raises(ValueError, match="line 1"):
         read_points(tmp_path / "a")
+
+
+def test_a_line_that_a_crash_cut_off_is_passed_over(tmp_path):
+    archive = Archive(tmp_path / "a", OBJECTIVES, {}, writes=True)
+    archive.append(point(0, 0.5, 100))
+    with (tmp_path / "a").open("a") as file:
+        file.write('{"step": 10, "val')
+    again = Archive(tmp_path / "a", OBJECTIVES, {}, writes=True)
+    assert [p.step for p in again.points] == [0]
+    again.truncate(0)
+    assert (tmp_path / "a").read_text().count("\n") == 1

@@ -32,9 +32,9 @@ function theme(large) {
 function draw(element) {
   const {data, layout} = figures[element.dataset.figure];
   const large = element.dataset.figure.startsWith("front:");
-  const colours = large && narrow.matches && layout.coloraxis ? {coloraxis: {...layout.coloraxis, showscale: false}} : {};
-  const themed = {...layout, ...colours, template: theme(large)};
-  return Plotly.react(element, data, themed, {responsive: true, displayModeBar: false});
+  const fit = (trace) =>
+    narrow.matches && trace.marker?.showscale ? {...trace, marker: {...trace.marker, showscale: false}} : trace;
+  Plotly.react(element, data.map(fit), {...layout, template: theme(large)}, {responsive: true, displayModeBar: false});
 }
 
 function drawAll() {
@@ -108,8 +108,8 @@ function select() {
   const wanted = text.value.toLowerCase();
   const accepts = {
     any: () => true,
-    least: (value) => value !== null && value >= limit.valueAsNumber,
-    most: (value) => value !== null && value <= limit.valueAsNumber,
+    least: (value) => value !== null && !(value < limit.valueAsNumber), // an empty limit is NaN and lets all pass
+    most: (value) => value !== null && !(value > limit.valueAsNumber),
     missing: (value) => value === null,
   }[condition.value];
   const has = (string) => string.toLowerCase().includes(wanted);
