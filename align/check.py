@@ -48,11 +48,10 @@ def check(path: str, processes: int, overrides: Sequence[str]) -> int:
     model = locate_model(config.policy.model)
     try:
         tokenizer, context = _tokenizer(model, config)
-    except ValueError as error:
+    except ValueError:
         if Path(model).is_dir():
             raise
         warnings.append(f"prompts and rewards were not tried: {model} is not on this machine, training will download it")
-        print(f"\n{error}")
     else:
         prompts = load_prompts(config, tokenizer, context)
         warnings += advise_on_prompts(config, prompts)
