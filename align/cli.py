@@ -8,6 +8,7 @@ from pathlib import Path
 
 from align import __version__
 from align.guard import check_imports
+from align.launch import share_cores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,6 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, overrides = parser.parse_known_args(arguments)
     if overrides and not options.takes_overrides:
         parser.error(f"unrecognized arguments: {' '.join(overrides)}")
+    share_cores()
     sys.path.insert(0, "")  # rewards and prompt functions of the user live in the current folder
     try:
         check_imports()

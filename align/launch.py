@@ -1,7 +1,7 @@
-"""Starts the processes that `accelerate launch --cpu --num_processes N` was asked for.
+"""How processes start: as many as were asked for, and on terms with whatever else the machine does.
 
-Without MPI that command starts a single process and says nothing (accelerate 1.15). It leaves a trace: MASTER_ADDR is set
-although there is no rank. Then this process replaces itself by torch's own launcher with N processes.
+Without MPI, `accelerate launch --cpu --num_processes N` starts one process and says nothing (accelerate 1.15). It leaves
+a trace: MASTER_ADDR is set although there is no rank. Then this process replaces itself by torch's own launcher with N.
 """
 
 import argparse
@@ -10,6 +10,15 @@ import sys
 from collections.abc import Mapping, Sequence
 
 _RANKS = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # somebody did launch
+
+
+def share_cores() -> None:
+    """Let OpenMP's threads sleep while they wait. To be called before torch is imported.
+
+    By default they spin; on a CPU whose cores are shared with another busy program, one training step of the quickstart
+    then takes 30 times as long.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def relaunch_on_cpu(module: str, arguments: Sequence[str]) -> None:

@@ -297,8 +297,14 @@ def trl_config(config: Config, plan: Plan, checkpoints: Path, evaluate_first: bo
     Raises:
         ValueError: TRL refuses the combination.
     """
-    gpu = torch.cuda.is_available()
-    defaults = {"bf16": gpu and torch.cuda.is_bf16_supported(), "dataloader_pin_memory": gpu, "report_to": "none"}
+    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    cpu = told or not torch.accelerator.is_available()
+    defaults = {
+        "use_cpu": cpu,
+        "bf16": not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        "dataloader_pin_memory": not cpu,
+        "report_to": "none",
+    }
     owned = {
         "output_dir": str(checkpoints),
         "seed": config.seed,

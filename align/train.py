@@ -5,6 +5,7 @@ open the run -> build what needs no weights -> build the learner -> resume -> ru
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import sys
@@ -21,7 +22,7 @@ from align.build import PromptSets, build_bus, load_prompts, load_tokenizer, loc
 from align.checkpoint import read_state
 from align.cli import add_train_arguments
 from align.guard import check_imports
-from align.launch import relaunch_on_cpu
+from align.launch import relaunch_on_cpu, share_cores
 from align.plan import Plan, Schedule, make_plan
 from align.runfolder import Run, is_main, open_run, processes
 
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of `python -m align.train`; returns the exit status."""
     parser = argparse.ArgumentParser(prog="align.train", description=__doc__.split("\n")[0], allow_abbrev=False)
     add_train_arguments(parser)
+    share_cores()
     relaunch_on_cpu("align.train", sys.argv[1:] if arguments is None else arguments)
     known, overrides = parser.parse_known_args(arguments)
     return train(known.config, known.resume, overrides)
@@ -55,7 +57,12 @@ def train(config_path: str, resume: str, overrides: Sequence[str]) -> int:
         built = build(run)
     except ValueError as error:
         return _fail(error)
-    return _run(run, built)
+    from accelerate import PartialState
+
+    status = _run(run, built)
+    PartialState().wait_for_everyone()  # launchers end all processes when the first one is gone
+    PartialState().destroy_process_group()
+    return status
 
 
 # --- build ------------------------------------------------------------------------------------------------------------
@@ -222,7 +229,9 @@ def _finish(run: Run, learner: "Learner", seconds: float) -> None:
 
 
 def _resume_command(run: Run) -> str:
-    launcher = "paretune train" if processes() == 1 else f"accelerate launch --num_processes {processes()} -m align.train"
+    cpu = "--cpu " if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") else ""
+    several = f"accelerate launch {cpu}--num_processes {processes()} -m align.train"
+    launcher = "paretune train" if processes() == 1 else several
     return f"{launcher} --resume {shlex.quote(str(run.folder))}"
 
 

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from align.guard import check_imports
+from align.launch import share_cores
 
 check_imports()
+share_cores()
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -112,22 +112,24 @@ def test_a_checkpoint_cut_off_by_the_kill_is_passed_over(tmp_path, straight):
     assert_equal(straight(RUN, 1), folder)
 
 
-def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(tmp_path, straight):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(tmp_path, straight, processes):
     folder = tmp_path / "run"
     process = subprocess.Popen(
-        command("align.train", *overrides(folder, *RUN)), cwd=ROOT, env=environment(1),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        command("align.train", *overrides(folder, *RUN), processes=processes), cwd=ROOT, env=environment(processes),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     while steps_done(folder) < 4:
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
+    assert (process.returncode == 0) == (processes == 1), output  # the launchers end by the signal
     stopped_at = complete_checkpoints(folder / "checkpoints")[-1][0]
     assert 4 <= stopped_at < 8
-    assert f"stopped after step {stopped_at}; go on with: paretune train --resume {folder}" in output
-    assert resume(folder, processes=1).returncode == 0
-    assert_equal(straight(RUN, 1), folder)
+    launcher = {1: "paretune train", 2: "accelerate launch --cpu --num_processes 2 -m align.train"}[processes]
+    assert f"stopped after step {stopped_at}; go on with: {launcher} --resume {folder}" in output
+    assert resume(folder, processes).returncode == 0
+    assert_equal(straight(RUN, processes), folder)
 
 
 def test_a_complete_run_says_so(straight):

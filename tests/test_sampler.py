@@ -78,7 +78,7 @@ def test_greedy_is_greedy_and_batches_do_not_matter_to_it(policy):
     whole = make_sampler(policy).sample(prompts, params(temperature=0, samples_per_prompt=1))
     one_by_one = make_sampler(policy, batch_size=1).sample(prompts, params(temperature=0, samples_per_prompt=1))
     assert [g.samples[0].token_ids for g in whole] == [g.samples[0].token_ids for g in one_by_one]  # padding is no matter
-    model, tokenizer = policy
+    model, _ = policy
     ids = list(prompts[1].token_ids)
     for token in whole[1].samples[0].token_ids:
         assert int(model(torch.tensor([ids])).logits[0, -1].argmax()) == token

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from align.trl_options import CHOICES
-from tests.conftest import QUICKSTART, overrides, read_lines
+from tests.conftest import QUICKSTART, ROOT, environment, overrides, read_lines
 
 
 def test_a_run_leaves_files_that_people_and_scripts_can_read(launch, tmp_path):
@@ -75,6 +77,46 @@ def test_two_processes_train_on_one_batch_together(launch, tmp_path):
     assert read_lines(folder / "archive.jsonl")[0]["prompts"] == 16
     groups = {(s["step"], s["prompt_id"]) for s in samples}
     assert all(sum((s["step"], s["prompt_id"]) == g for s in samples) == 4 for g in groups)  # no group is split
+
+
+ZERO = """
+compute_environment: LOCAL_MACHINE
+distributed_type: DEEPSPEED
+use_cpu: true
+num_processes: 2
+num_machines: 1
+machine_rank: 0
+mixed_precision: 'no'
+deepspeed_config: {zero_stage: STAGE, zero3_init_flag: false, zero3_save_16bit_model: true}
+"""
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_shards_train_the_same_policy(launch, tmp_path, stage):
+    pytest.importorskip("deepspeed")
+    file = tmp_path / "zero.yaml"
+    file.write_text(ZERO.replace("STAGE", str(stage)))
+    sharded = environment(2)
+    del sharded["ACCELERATE_USE_CPU"]  # the file says it, in a way that leaves room for DeepSpeed
+
+    def launch_sharded(*arguments: str) -> subprocess.CompletedProcess:
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "-m", "align.train"]
+        return subprocess.run([*launcher, *arguments], cwd=ROOT, env=sharded, capture_output=True, text=True, timeout=280)
+
+    assert launch("align.train", *overrides(tmp_path / "ddp"), processes=2).returncode == 0
+    result = launch_sharded(*overrides(tmp_path / "zero"))  # its exit status is not asked: DeepSpeed's CPU threads now
+    assert "trained 4 steps" in result.stdout, result.stderr  # and then abort when the interpreter ends
+    rows = zip(read_lines(tmp_path / "ddp" / "metrics.jsonl"), read_lines(tmp_path / "zero" / "metrics.jsonl"), strict=True)
+    for a, b in rows:
+        for key in ("loss", "entropy", "objectives/accuracy/mean", "objectives/brevity/mean"):
+            assert b[key] == pytest.approx(a[key], abs=1e-4)
+    shutil.rmtree(tmp_path / "zero" / "checkpoints" / "checkpoint-4")
+    result = launch_sharded("--resume", str(tmp_path / "zero"))
+    assert "trained 4 steps" in result.stdout, result.stderr
+    again = read_lines(tmp_path / "zero" / "metrics.jsonl")
+    assert [row["loss"] for row in again] == pytest.approx(
+        [a["loss"] for a in read_lines(tmp_path / "ddp" / "metrics.jsonl")], abs=1e-4
+    )
 
 
 @pytest.mark.parametrize("loss", CHOICES["loss_type"])
