@@ -36,7 +36,7 @@ class RewardBus:
         errors: dict[tuple[int, int], str] = {}
         for k, objective in enumerate(self._objectives):
             start = time.perf_counter()
-            for n, value in enumerate(self._components[objective.name](groups)):
+            for n, value in enumerate(self._components[objective.name](groups) if groups else []):
                 number, error = _check(value, objective.bounds)
                 raw_NK[n, k] = number
                 if error:

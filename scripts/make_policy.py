@@ -61,13 +61,12 @@ class Recipe:
         seed: Of weights and data.
     """
 
-    steps: int = 2200
+    steps: int = 2600
     batch: int = 128
     learning_rate: float = 3e-3
-    final_rate: float = 0.2
     built_in: float = 0.15
-    terse: float = 0.4
-    partial: float = 0.25
+    terse: float = 0.45
+    partial: float = 0.2
     seed: int = 0
 
 
@@ -196,9 +195,8 @@ def train(recipe: Recipe, report_every: int = 100) -> LlamaForCausalLM:
 
 
 def _decay(recipe: Recipe, step: int) -> float:
-    """1 in the first half, then linearly down to `final_rate`."""
-    progress = max(0.0, 2 * step / recipe.steps - 1)
-    return 1 - (1 - recipe.final_rate) * progress
+    """1 in the first half, then linearly down to 0."""
+    return min(1.0, 2 - 2 * step / recipe.steps)
 
 
 def backward(model: LlamaForCausalLM, batch: Batch) -> float:

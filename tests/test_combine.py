@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.combine import combine, normalize_then_sum
+from align.combine import combine
 from align.config import GrpoEstimator, NormalizeThenSum, ReinforceEstimator, RlooEstimator, SumThenNormalize
 
 GRPO, RLOO = GrpoEstimator(type="grpo"), RlooEstimator(type="rloo")
@@ -99,9 +99,11 @@ def test_left_out_samples_have_no_advantage():
             assert np.isfinite(advantages).all()
 
 
-def test_over_batch_standardises_over_the_batch():
-    rewards = random_rewards(4)
-    assert not np.allclose(
-        normalize_then_sum(rewards, np.array([0.5, 0.3, 0.2]), over_batch=True),
-        normalize_then_sum(rewards, np.array([0.5, 0.3, 0.2]), over_batch=False),
-    )
+def test_reinforce_standardises_over_the_batch():
+    # r_1 = 1 1 0 0, r_2 = 0 1 0 1 over the batch: both have mean .5 and std .57735, so z = +-.5 / (.57735 + 1e-4)
+    # w = (.5, .5): sums (0, z, -z, 0), std z sqrt(2/3), so +-z / (z sqrt(2/3) + 1e-4); over groups, r_1 would be silent
+    rewards = np.array([[[1.0, 0.0], [1.0, 1.0]], [[0.0, 0.0], [0.0, 1.0]]])
+    z = 0.5 / (np.sqrt(1 / 3) + 1e-4)
+    top = z / (z * np.sqrt(2 / 3) + 1e-4)
+    advantages = combine(rewards, np.array([0.5, 0.5]), REINFORCE, NORMALIZE)
+    np.testing.assert_allclose(advantages, [[0, top], [-top, 0]], atol=1e-12)

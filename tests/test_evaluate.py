@@ -27,6 +27,12 @@ def test_missing_values_are_left_out_not_zero():
     assert summary.missing == {"a": 0.75, "b": 0.0}
 
 
+def test_prompts_without_a_value_do_not_sharpen_the_standard_error():
+    # prompt means 0, 1 and none: std .707107 over two, so .707107 / sqrt 2 = .5
+    raw = np.array([[[0.0, 1]], [[1.0, 1]], [[np.nan, 1]]])
+    assert summarize(raw, OBJECTIVES).standard_errors["a"] == pytest.approx(0.5)
+
+
 def test_nothing_measured_is_nan():
     summary = summarize(np.full((2, 1, 2), np.nan), OBJECTIVES)
     assert np.isnan(summary.values["a"])

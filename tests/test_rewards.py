@@ -245,6 +245,10 @@ def test_a_reward_of_the_wrong_length_has_no_values_at_all():
     assert matrix.errors[0, 0] == "ValueError: returned 2 values for 3 samples"
 
 
+def test_a_process_without_samples_has_no_rows():
+    assert bus("tests.test_rewards:one_short").score([]).raw_NK.shape == (0, 1)
+
+
 def test_one_sample_that_fails_costs_only_its_own_value():
     matrix = bus("tests.test_rewards:misbehaving").score([group("ok"), group("boom", "ok")])
     assert matrix.missing_NK[:, 0].tolist() == [False, True, False]

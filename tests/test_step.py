@@ -109,6 +109,17 @@ def test_neutral_without_anybody_in_the_group_moves_nothing():
     assert np.isnan(result.metrics["objectives/up/mean"])
 
 
+def test_policies_fill_and_leave_out_by_hand():
+    # up, group 1: nobody has a value, so the mean .6 of the others; group 2: (.4, .8)
+    rewards = np.array([[[NAN, 0.2], [NAN, 0.4]], [[0.4, 0.5], [0.8, 0.5]]])
+    filled = apply_missing(rewards, objectives(Missing.NEUTRAL))
+    np.testing.assert_allclose(filled[:, :, 0], [[0.6, 0.6], [0.4, 0.8]])
+    rewards[0, 0, 0] = 1.0
+    assert np.isnan(apply_missing(rewards, objectives(Missing.DROP_GROUP))[0]).all()
+    left_out = np.isnan(apply_missing(rewards, objectives(Missing.DROP_SAMPLE))).all(axis=2)
+    assert left_out.tolist() == [[False, True], [False, False]]
+
+
 def test_missing_is_never_zero():
     # were the missing value a 0, the second sample would look worse than the third
     result = step(rules(objectives(Missing.NEUTRAL), group_size=3), [[10, 0.5], [NAN, 0.5], [0, 0.5]])
