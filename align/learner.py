@@ -247,15 +247,13 @@ class Learner(GRPOTrainer):
     @contextmanager
     def policy(self) -> Iterator[PreTrainedModel]:
         """The model ready to generate: unwrapped, and gathered where it is sharded."""
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
-        ):
+        unwrapped = unwrap_model_for_generation(
+            self.model_wrapped,
+            self.accelerator,
+            gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+        )
+        with unwrapped as model, self._dist.summon_full_params(self.model_wrapped, recurse=False):
             yield model
 
     def _named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -61,10 +61,10 @@ class Recipe:
         seed: Of weights and data.
     """
 
-    steps: int = 2600
+    steps: int = 2500
     batch: int = 128
     learning_rate: float = 3e-3
-    built_in: float = 0.15
+    built_in: float = 0.1
     terse: float = 0.45
     partial: float = 0.2
     seed: int = 0

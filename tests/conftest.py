@@ -18,9 +18,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
+WEIGHTS = {"accuracy": 0.5, "brevity": 0.3, "clarity": 0.2}
+FIXED = f"--weighting={json.dumps({'type': 'fixed', 'weights': WEIGHTS})}"
 SMALL = (  # overrides that make the quickstart a matter of seconds
     "--steps=4",
-    "--policy.model=/tmp/tinyrandom",
+    FIXED,
     "--rollout.prompts_per_batch=4",
     "--rollout.samples_per_prompt=4",
     "--prompts.train.args.count=32",

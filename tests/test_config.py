@@ -195,13 +195,16 @@ def test_schedule_ends_with_an_evaluation_and_a_checkpoint():
 @pytest.mark.parametrize(
     ("overrides", "warning"),
     [
-        (["--weighting.type=schedule"], "the schedule is the same as fixed weights"),
+        (
+            ["--weighting={type: schedule, weights: {accuracy: 1, brevity: 1, clarity: 1}}"],
+            "the schedule is the same as fixed weights",
+        ),
         (
             ["--combination=normalize_then_sum", "--estimator={type: grpo, scale: none}"],
             "estimator.scale=none has no effect",
         ),
         (["--combination=normalize_then_sum", "--estimator=rloo"], "the advantages are those of grpo"),
-        (["--weighting.weights.clarity=0"], "objective 'clarity' has weight 0"),
+        (["--weighting={type: fixed, weights: {accuracy: 1, brevity: 1, clarity: 0}}"], "objective 'clarity' has weight 0"),
         (["--evaluation.every=1000"], "only the first and the last policy are evaluated"),
         (["--evaluation.every=0"], "there will be no Pareto archive"),
     ],

@@ -49,7 +49,7 @@ def test_generation_stops_and_pads_with_the_tokenizer_s_tokens():
     config = GenerationConfig.from_pretrained(POLICY)
     assert (config.eos_token_id, config.pad_token_id) == (EOS, PAD)
     assert (TOKENIZER.eos_token_id, TOKENIZER.pad_token_id, TOKENIZER.bos_token_id) == (EOS, PAD, None)
-    assert (config.temperature, config.top_k, config.top_p) == (1.0, 0, 1.0)
+    assert (config.do_sample, config.temperature, config.top_k) == (True, 1.0, 0)
 
 
 def test_no_path_of_the_machine_that_made_it_is_left():

@@ -32,9 +32,15 @@ def test_trl_still_offers_the_places_we_hold_on_to():
 
 
 def test_no_method_body_of_trl_is_repeated():
-    ours = {line.strip() for line in (ROOT / "align" / "learner.py").read_text().splitlines() if len(line.strip()) > 60}
-    theirs = {line.strip() for line in inspect.getsource(GRPOTrainer).splitlines()}
+    ours, theirs = map(windows, ((ROOT / "align" / "learner.py").read_text(), inspect.getsource(GRPOTrainer)))
+    assert len(ours) > 200
     assert not ours & theirs
+
+
+def windows(source: str) -> set[tuple[str, ...]]:
+    """All runs of three lines of code."""
+    lines = [line.strip() for line in source.splitlines() if len(line.strip()) > 5]
+    return set(zip(lines, lines[1:], lines[2:], strict=False))
 
 
 CHAT_TEMPLATE = (
@@ -99,7 +105,7 @@ def test_real_expressions_of_gsm8k_are_trained_on(launch, tmp_path):
     ]
     for name, part in (("train", lines[::2]), ("test", lines)):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)))
-    arguments = [a for a in overrides(tmp_path / "run") if "count" not in a]
+    arguments = [a for a in overrides(tmp_path / "run") if "count" not in a and "weighting" not in a]
     arguments[1] = str(ROOT / "configs" / "gsm8k_expressions.yaml")
     paths = (
         f"--prompts.train.args.path={tmp_path / 'train.jsonl'}", f"--prompts.evaluation.args.path={tmp_path / 'test.jsonl'}",
