@@ -8,7 +8,7 @@ from pathlib import Path
 
 from align import __version__
 from align.guard import check_imports
-from align.launch import share_cores
+from align.launch import add_train_arguments, share_cores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,12 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run_folder", metavar="RUN")
     command("schema", _schema, "Print the JSON schema of the configuration, for editors.")
     return parser
-
-
-def add_train_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of training; anything else of the form --key=value overrides a key of the configuration."""
-    parser.add_argument("--config", metavar="FILE", default="", help="configuration (YAML); not needed with --resume")
-    parser.add_argument("--resume", metavar="RUN", default="", help="go on with the run in this folder")
 
 
 def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:

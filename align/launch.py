@@ -12,6 +12,12 @@ from collections.abc import Mapping, Sequence
 _RANKS = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # somebody did launch
 
 
+def add_train_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of training; anything else of the form --key=value overrides a key of the configuration."""
+    parser.add_argument("--config", metavar="FILE", default="", help="configuration (YAML); not needed with --resume")
+    parser.add_argument("--resume", metavar="RUN", default="", help="go on with the run in this folder")
+
+
 def share_cores() -> None:
     """Let OpenMP's threads sleep while they wait. To be called before torch is imported.
 

@@ -20,9 +20,8 @@ from align import __version__
 from align.advice import advise, advise_on_prompts
 from align.build import PromptSets, build_bus, load_prompts, load_tokenizer, locate_model, objectives_of
 from align.checkpoint import read_state
-from align.cli import add_train_arguments
 from align.guard import check_imports
-from align.launch import relaunch_on_cpu, share_cores
+from align.launch import add_train_arguments, relaunch_on_cpu, share_cores
 from align.plan import Plan, Schedule, make_plan
 from align.runfolder import Run, is_main, open_run, processes
 

@@ -64,7 +64,7 @@ def run_side(side: str, steps: int) -> dict[str, float]:
     """One side in a process of its own."""
     result = subprocess.run(
         [sys.executable, __file__, "--side", side, "--steps", str(steps)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"},  # as `paretune`
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if result.returncode:
@@ -142,6 +142,7 @@ def plain(folder: Path, steps: int):
         max_completion_length=config.rollout.max_tokens,
         temperature=config.rollout.temperature,
         reward_weights=list(config.weighting.weights.values()),
+        scale_rewards=config.estimator.scale,
         model_init_kwargs={"dtype": config.policy.dtype},
         bf16=False,
         logging_steps=1,

@@ -15,15 +15,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTIVES = ("accuracy", "brevity", "clarity")
 WEIGHTS = (  # accuracy, brevity, clarity
-    (1.0, 0.0, 0.0),
-    (0.8, 0.2, 0.0),
-    (0.6, 0.4, 0.0),
-    (0.4, 0.6, 0.0),
     (0.2, 0.8, 0.0),
-    (0.0, 1.0, 0.0),
+    (0.35, 0.65, 0.0),
+    (0.4, 0.6, 0.0),
+    (0.42, 0.58, 0.0),
+    (0.44, 0.56, 0.0),
+    (0.46, 0.54, 0.0),
+    (0.5, 0.5, 0.0),
+    (0.8, 0.2, 0.0),
     (0.6, 0.2, 0.2),
-    (0.4, 0.4, 0.2),
-    (0.2, 0.4, 0.4),
 )
 
 
@@ -53,7 +53,9 @@ def run(weights: tuple[float, ...], seed: int, output: Path, prompts: int, overr
     else:
         fixed = f"--weighting={json.dumps({'type': 'fixed', 'weights': chosen})}"
         config = str(ROOT / "configs" / "quickstart.yaml")
-        paretune("train", "--config", config, f"--output={folder}", f"--seed={seed}", fixed, *overrides)
+        paretune(
+            "train", "--config", config, f"--output={folder}", f"--seed={seed}", fixed, "--evaluation.every=40", *overrides
+        )
     figures = folder / "final.json"
     paretune("eval", str(folder), "--json", str(figures), f"--prompts.evaluation.args.count={prompts}")
     return next(iter(json.loads(figures.read_text()).values()))
