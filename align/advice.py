@@ -22,6 +22,8 @@ def advise(config: Config) -> list[str]:
             "combination normalize_then_sum divides the group's factor G/(G-1) of rloo out again: the advantages are "
             "those of grpo"
         )
+    if combination.type == "normalize_then_sum" and estimator.type == "reinforce" and not estimator.whiten:
+        warnings.append("combination normalize_then_sum whitens in any case, so estimator.whiten=false has no effect")
     for name in config.objectives:
         if not weighting.weights.get(name) and weighting.type == "fixed":
             warnings.append(f"objective {name!r} has weight 0: it is watched, not trained on")

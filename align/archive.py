@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from align.files import replace_text
 from align.pareto import hypervolume, nondominated
 from rewards.types import Objective
 
@@ -37,7 +38,22 @@ class ParetoPoint:
 
     def vector_K(self, objectives: Sequence[Objective]) -> np.ndarray:
         """Values scaled to [0, 1], larger is better, in the order of the objectives."""
-        return np.array([float(o.scale(np.float64(self.values[o.name]))) for o in objectives])
+        return scaled_vector(self.values, objectives)
+
+
+def scaled_vector(values: Mapping[str, float], objectives: Sequence[Objective]) -> np.ndarray:
+    """Raw values by name -> vector (K,) in [0, 1], larger is better."""
+    return np.array([float(o.scale(np.float64(values[o.name]))) for o in objectives])
+
+
+def reference_vector(reference: Mapping[str, float], objectives: Sequence[Objective]) -> np.ndarray:
+    """Reference point in raw units -> scaled vector (K,); the worst bound of an objective not named."""
+    return np.array([float(o.scale(np.float64(reference[o.name]))) if o.name in reference else 0.0 for o in objectives])
+
+
+def hypervolume_share(vectors_MK: np.ndarray, reference_K: np.ndarray) -> float:
+    """Share of the possible volume above the reference that the vectors dominate."""
+    return hypervolume(vectors_MK, reference_K) / float(np.prod(1 - reference_K))
 
 
 class Archive:
@@ -54,9 +70,7 @@ class Archive:
         self._path = path
         self._writes = writes
         self._objectives = objectives
-        self._reference_K = np.array(
-            [float(o.scale(np.float64(reference[o.name]))) if o.name in reference else 0.0 for o in objectives]
-        )
+        self._reference_K = reference_vector(reference, objectives)
         self.points = read_points(path) if path.exists() else []
 
     def append(self, point: ParetoPoint) -> None:
@@ -71,7 +85,7 @@ class Archive:
         """Forget points evaluated after `step`: the run goes back to it."""
         self.points = [point for point in self.points if point.step <= step]
         if self._writes:
-            self._path.write_text("".join(map(_line, self.points)), encoding="utf-8")
+            replace_text(self._path, "".join(map(_line, self.points)))
 
     def vectors_MK(self) -> np.ndarray:
         """Scaled vectors of the usable points (those with a value for every objective)."""
@@ -89,7 +103,7 @@ class Archive:
     def hypervolume(self, last: int | None = None) -> float:
         """Share of the possible volume that the points (the first `last` of them) dominate above the reference."""
         vectors_MK = self.vectors_MK()[:last]
-        return hypervolume(vectors_MK, self._reference_K) / float(np.prod(1 - self._reference_K)) if len(vectors_MK) else 0.0
+        return hypervolume_share(vectors_MK, self._reference_K) if len(vectors_MK) else 0.0
 
 
 def _line(point: ParetoPoint) -> str:

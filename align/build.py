@@ -51,6 +51,17 @@ def locate_model(model: str) -> str:
     return str(folder)
 
 
+def locate_policy(config: Config) -> str:
+    """Folder or hub name of the policy to train. Raises ValueError when there is none, or none that can be trained."""
+    model = locate_model(config.policy.model)
+    if is_adapter(model):
+        raise ValueError(
+            f"policy.model: {model!r} holds LoRA weights only; training starts from a whole model: merge them first (peft's "
+            "merge_and_unload), or go on with the run that made them by --resume"
+        )
+    return model
+
+
 def is_adapter(model: str) -> bool:
     """Whether a located model is a folder of LoRA weights, which belong to another model."""
     return (Path(model) / "adapter_config.json").is_file()
@@ -86,6 +97,15 @@ class PromptSets:
         """Fields that every row of both sets has."""
         shared = set(self.train[0].columns)
         return sorted(shared & set(self.evaluation[0].columns) if self.evaluation else shared)
+
+
+def check_shares(prompts: PromptSets, processes: int) -> None:
+    """Raise ValueError unless every process gets a held-out prompt; sharded models are gathered by all together."""
+    if 0 < len(prompts.evaluation) < processes:
+        raise ValueError(
+            f"prompts.evaluation: {len(prompts.evaluation)} prompts cannot be shared by {processes} processes: give "
+            f"at least {processes}, or set evaluation.every to 0"
+        )
 
 
 def load_prompts(config: Config, tokenizer: Tokenizer, context: int) -> PromptSets:

@@ -13,15 +13,17 @@ from align.advice import advise, advise_on_prompts
 from align.build import (
     PromptSets,
     build_bus,
+    check_shares,
     context_length,
     load_prompts,
     load_tokenizer,
-    locate_model,
+    locate_policy,
     objectives_of,
 )
 from align.config import Config
 from align.load import load_config
 from align.plan import make_plan
+from rewards.component import find_reward
 from rewards.types import Missing
 from rollout.prompts import Tokenizer
 from rollout.types import FinishReason, Prompt, Sample, SampleGroup
@@ -45,15 +47,19 @@ def check(path: str, processes: int, overrides: Sequence[str]) -> int:
     print(f"run:   {config.steps} steps = {plan.batches} batches, {plan.prompts} prompts, "
           f"{plan.samples_by(config.steps)} samples")  # fmt: skip
     warnings = advise(config)
-    model = locate_model(config.policy.model)
+    model = locate_policy(config)
     try:
         tokenizer, context = _tokenizer(model, config)
-    except ValueError:
-        if Path(model).is_dir():
-            raise
-        warnings.append(f"prompts and rewards were not tried: {model} is not on this machine, training will download it")
-    else:
         prompts = load_prompts(config, tokenizer, context)
+    except ValueError as error:
+        if not _is_remote(model, config):
+            raise
+        reason = str(error).partition("\n")[0]
+        warnings.append(f"prompts and rewards were not tried: training will download what is not here ({reason})")
+        for objective in config.objectives.values():
+            find_reward(objective.reward)
+    else:
+        check_shares(prompts, processes)
         warnings += advise_on_prompts(config, prompts)
         _print_prompts(prompts, context)
         _try_rewards(config, prompts, tokenizer)
@@ -63,17 +69,24 @@ def check(path: str, processes: int, overrides: Sequence[str]) -> int:
     return 0
 
 
+def _is_remote(model: str, config: Config) -> bool:
+    """Whether the policy or a data set comes from the hub and may not be on this machine."""
+    sources = [config.prompts.train, *filter(None, [config.prompts.evaluation])]
+    return not Path(model).is_dir() or any(source.type == "hub" for source in sources)
+
+
 class QuickTokenizer:
-    """A local tokenizer.json without transformers (which takes seconds to import); knows no chat templates.
+    """A local tokenizer.json without transformers (which takes seconds to import), as long as nobody wants a template.
 
     Args:
-        file: The tokenizer.json.
+        folder: Where tokenizer.json lies.
     """
 
-    def __init__(self, file: Path):
+    def __init__(self, folder: Path):
         from tokenizers import Tokenizer as Backend
 
-        self._backend = Backend.from_file(str(file))
+        self._folder = folder
+        self._backend = Backend.from_file(str(folder / "tokenizer.json"))
 
     def __call__(self, text: list[str], *, add_special_tokens: bool) -> Mapping[str, list[list[int]]]:
         """Token ids of every text."""
@@ -81,15 +94,16 @@ class QuickTokenizer:
         return {"input_ids": [encoding.ids for encoding in encoded]}
 
     def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
-        """Not possible here."""
-        raise ValueError("chat messages need prompts.chat: true")
+        """The text of chat messages, by transformers."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self._folder).apply_chat_template(conversation, **kwargs)
 
 
 def _tokenizer(model: str, config: Config) -> tuple[Tokenizer, int]:
-    file = Path(model) / "tokenizer.json"
-    if file.is_file() and not config.prompts.chat:
+    if (Path(model) / "tokenizer.json").is_file() and not config.prompts.chat:
         model_config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
-        return QuickTokenizer(file), context_length(model_config)
+        return QuickTokenizer(Path(model)), context_length(model_config)
     return load_tokenizer(model, config)
 
 

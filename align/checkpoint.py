@@ -1,12 +1,13 @@
 """Checkpoints: what TRL does not save, which ones are complete, and which ones to keep. Imports no torch."""
 
 import json
-import os
 import shutil
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from align.files import replace_text
 
 STATE_FILE = "paretune.json"  # written last: a checkpoint without it was cut off and does not count
 
@@ -37,9 +38,7 @@ def checkpoint_name(step: int) -> str:
 
 def write_state(checkpoint: Path, state: RunState) -> None:
     """Mark a checkpoint complete."""
-    temporary = checkpoint / (STATE_FILE + ".partial")
-    temporary.write_text(json.dumps(asdict(state), allow_nan=False), encoding="utf-8")
-    os.replace(temporary, checkpoint / STATE_FILE)
+    replace_text(checkpoint / STATE_FILE, json.dumps(asdict(state), allow_nan=False))
 
 
 def read_state(checkpoint: Path) -> RunState:

@@ -23,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_imports()
         return options.run(options, overrides)
     except ValueError as error:
+        if options.run is _train:  # it says itself what a user can mend; the rest is a defect, to be shown whole
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -33,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"paretune {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    anything = "Any key of the configuration can be overridden: --steps=50 --weighting.type=schedule"
+    anything = "Any key of the configuration can be overridden: --steps=50 --trl.learning_rate=1e-4"
 
     def command(name: str, run, text: str, takes_overrides: bool = False) -> argparse.ArgumentParser:
         sub = commands.add_parser(

@@ -233,8 +233,11 @@ class ReinforceEstimator(Section):
     """Divide by the standard deviation of the batch (REINFORCE++)."""
 
 
+_Estimators = GrpoEstimator | RlooEstimator | ReinforceEstimator
 EstimatorConfig = Annotated[
-    GrpoEstimator | RlooEstimator | ReinforceEstimator, Field(discriminator="type"), BeforeValidator(_as_section)
+    _Estimators,
+    Field(discriminator="type"),
+    BeforeValidator(_as_section, json_schema_input_type=Literal["grpo", "rloo", "reinforce"] | _Estimators),
 ]
 
 
@@ -250,7 +253,12 @@ class NormalizeThenSum(Section):
     type: Literal["normalize_then_sum"]
 
 
-CombinationConfig = Annotated[SumThenNormalize | NormalizeThenSum, Field(discriminator="type"), BeforeValidator(_as_section)]
+_Combinations = SumThenNormalize | NormalizeThenSum
+CombinationConfig = Annotated[
+    _Combinations,
+    Field(discriminator="type"),
+    BeforeValidator(_as_section, json_schema_input_type=Literal["sum_then_normalize", "normalize_then_sum"] | _Combinations),
+]
 
 
 # --- learner, evaluation, checkpoints ---------------------------------------------------------------------------------
@@ -274,7 +282,7 @@ class EvaluationConfig(Section):
     """Steps between evaluations, besides the first and the last step; 0 turns evaluation off."""
     samples_per_prompt: PositiveInt = 1
     temperature: float = Field(1.0, ge=0)
-    """1 measures the policy that is trained; 0 is greedy."""
+    """1 is the policy itself, 0 is greedy. The other settings of `rollout` (top_p, ...) do not apply to evaluation."""
     reference: dict[Name, FiniteFloat] = {}
     """Reference point of the hypervolume, in the units of the objectives; by default the worst bound of each."""
 
@@ -322,18 +330,28 @@ class Config(Section):
         if self.prompts.system and not self.prompts.chat:
             problems.append("prompts.system needs a chat template: set prompts.chat to true, or remove it")
         for name, value in self.evaluation.reference.items():
-            if name in self.objectives and not _within(value, self.objectives[name].bounds):
+            if name in self.objectives and not _leaves_room(value, self.objectives[name]):
                 problems.append(
-                    f"evaluation.reference.{name}: {value} is outside its bounds {list(self.objectives[name].bounds)}"
+                    f"evaluation.reference.{name}: {value} leaves nothing above it within the bounds "
+                    f"{list(self.objectives[name].bounds)}: choose a value at or near the worst one"
                 )
         if problems:
             raise ValueError("\n".join(problems))
         return self
 
     def fingerprint(self) -> str:
-        """Hash of everything but the run folder: equal for runs that would do the same."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"output"}), sort_keys=True)
+        """Hash of everything that a resumed run may not change: all but the run folder and what `settled` leaves out.
+
+        Defaults do not count, so that an option of a later version leaves it as it is.
+        """
+        text = json.dumps(self.settled(exclude_defaults=True), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def settled(self, exclude_defaults: bool = False) -> dict[str, Any]:
+        """What is settled when a run starts; its length and what missing values do may still be changed on resume."""
+        data = self.model_dump(mode="json", exclude={"output", "steps"}, exclude_defaults=exclude_defaults)
+        data["objectives"] = {name: o | {"missing": None} for name, o in data["objectives"].items()}
+        return data
 
 
 def _weight_problems(weighting: FixedWeighting | ScheduleWeighting, names: list[str]) -> list[str]:
@@ -354,5 +372,7 @@ def _unknown(key: str, table: dict[str, float], names: list[str]) -> list[str]:
     return [f"{key}: {unknown_name('objective', name, names)}" for name in table if name not in names]
 
 
-def _within(value: float, bounds: tuple[float, float]) -> bool:
-    return bounds[0] <= value <= bounds[1]
+def _leaves_room(reference: float, objective: ObjectiveConfig) -> bool:
+    """Whether a reference value lies within the bounds and is not the best one."""
+    low, high = objective.bounds
+    return low <= reference < high if objective.direction == "maximize" else low < reference <= high

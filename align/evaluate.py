@@ -43,13 +43,12 @@ def evaluate(sampler: Sampler, bus: RewardBus, prompts: Sequence[Prompt], params
     Args:
         sampler: Holds the policy.
         bus: Scores samples.
-        prompts: P held-out prompts, the same in every process.
+        prompts: P held-out prompts, the same in every process; at least one per process.
         params: With G samples per prompt, and the seed of this process.
         step: Written into the rows.
     """
     processes = PartialState()
-    mine = prompts[processes.process_index :: processes.num_processes]
-    groups = sampler.sample(mine, params) if mine else []
+    groups = sampler.sample(prompts[processes.process_index :: processes.num_processes], params)
     matrix = bus.score(groups)
     rows = sample_rows(step, groups, matrix, weights_K=(), advantages_N=())
     raw_NK = np.concatenate(gather_object([matrix.raw_NK]))

@@ -1,7 +1,8 @@
 """`paretune eval`: held-out figures of checkpoints of a run, or of any model, with standard errors."""
 
 import json
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from align.archive import hypervolume_share, reference_vector, scaled_vector
 from align.build import build_bus, is_adapter, load_prompts, load_tokenizer, locate_model, objectives_of
 from align.checkpoint import complete_checkpoints
 from align.config import Config
 from align.load import load_config
-from align.pareto import hypervolume
 from align.sampling import evaluation_params
 
 if TYPE_CHECKING:
@@ -42,9 +43,13 @@ def evaluate_policies(target: str, config_path: str, checkpoints: str, json_path
     summaries = {policy.name: _evaluate(policy, config) for policy in policies}
     print(_table(summaries, config))
     if json_path:
-        figures = {name: vars(summary) for name, summary in summaries.items()}
-        Path(json_path).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        figures = {name: {key: _without_nan(table) for key, table in vars(s).items()} for name, s in summaries.items()}
+        Path(json_path).write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return 0
+
+
+def _without_nan(table: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in table.items()}
 
 
 def _policies_of(run: Path, config: Config, checkpoints: str) -> list[Policy]:
@@ -87,7 +92,9 @@ def _load(path: str, config: Config) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     loader = AutoPeftModelForCausalLM if is_adapter(path) else AutoModelForCausalLM
-    return loader.from_pretrained(path, dtype=config.policy.dtype, trust_remote_code=config.policy.trust_remote_code).eval()
+    options = {} if Path(path).is_dir() else {"revision": config.policy.revision}  # of a hub model
+    options |= {"dtype": config.policy.dtype, "trust_remote_code": config.policy.trust_remote_code}
+    return loader.from_pretrained(path, **options).eval()
 
 
 @contextmanager
@@ -98,11 +105,12 @@ def _lend(model: "PreTrainedModel") -> Iterator["PreTrainedModel"]:
 def _table(summaries: "dict[str, Summary]", config: Config) -> str:
     """One row per policy: mean +- standard error of every objective, and the hypervolume of the policy alone."""
     objectives = objectives_of(config)
+    reference_K = reference_vector(config.evaluation.reference, objectives)
     width = max(len("policy"), *(len(name) for name in summaries))
     lines = [f"{'policy':<{width}}  " + "  ".join(f"{o.name:>16}" for o in objectives) + "  hypervolume"]
     for name, summary in summaries.items():
         cells = [f"{summary.values[o.name]:8.3f} ± {summary.standard_errors[o.name]:5.3f}" for o in objectives]
-        vector_K = np.array([float(o.scale(np.float64(summary.values[o.name]))) for o in objectives])
-        volume = hypervolume(vector_K[None], np.zeros(len(objectives))) if np.isfinite(vector_K).all() else float("nan")
+        vector_K = scaled_vector(summary.values, objectives)
+        volume = hypervolume_share(vector_K[None], reference_K) if np.isfinite(vector_K).all() else math.nan
         lines.append(f"{name:<{width}}  " + "  ".join(f"{cell:>16}" for cell in cells) + f"  {volume:11.3f}")
     return "\n".join(lines)

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
+_PATIENT = ("--shutdown_timeout", "600")  # seconds to finish the step and save it after Ctrl-C, before SIGKILL
 _RANKS = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # somebody did launch
 
 
@@ -35,7 +36,7 @@ def relaunch_on_cpu(module: str, arguments: Sequence[str]) -> None:
 
     processes = processes_of(psutil.Process(os.getppid()).cmdline())
     if processes > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), *_PATIENT]
         os.execv(sys.executable, [sys.executable, *launcher, "-m", module, *arguments])
 
 

@@ -29,13 +29,14 @@ from align.build import PromptSets
 from align.checkpoint import STATE_FILE, RunState, checkpoint_name, prune, read_state, write_state
 from align.config import Config
 from align.evaluate import evaluate, summarize
+from align.missing import MissingRewardError
 from align.plan import Plan, Schedule
 from align.runlog import RunFiles
 from align.sampling import evaluation_params, training_params
 from align.step import StepRules, take_step
 from align.weighting import Signal, WeightState
 from rewards.bus import RewardBus
-from rewards.types import RewardMatrix
+from rewards.types import RewardMatrix, stack
 from rollout.prompts import prompt_order
 from rollout.sampler import Sampler
 from rollout.types import SampleGroup
@@ -119,9 +120,13 @@ class Learner(GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Let TRL run, then put our advantages in the place of its own."""
         self._prompt_indices = [row["index"] for row in inputs]
+        step, tokens_seen = self.state.global_step, self.state.num_input_tokens_seen
         output = super()._generate_and_score_completions(inputs)
-        step = self.state.global_step
-        result = take_step(self.parts.rules, self.weight_state, self._gathered, step, self._signals())
+        try:
+            result = take_step(self.parts.rules, self.weight_state, self._gathered, step, self._signals())
+        except MissingRewardError:
+            self.state.num_input_tokens_seen = tokens_seen  # the batch will be sampled again
+            raise
         self.weight_state = result.state
         self._check_agreement(step)
         local = slice(len(inputs) * self.accelerator.process_index, len(inputs) * (self.accelerator.process_index + 1))
@@ -153,16 +158,10 @@ class Learner(GRPOTrainer):
         start = time.perf_counter()
         self._scored = self.parts.bus.score(self._groups)
         self._metrics["train"]["time/scoring"].append(time.perf_counter() - start)
-        gathered = gather(torch.tensor(self._scored.raw_NK, device=self.accelerator.device))
-        raw_NK = gathered.cpu().numpy()
-        errors = self._gather_errors() if np.isnan(raw_NK).any() else {}
-        self._gathered = RewardMatrix(self._scored.objectives, raw_NK, errors)
-        return gathered.float()
-
-    def _gather_errors(self) -> dict[tuple[int, int], str]:
-        per_process = gather_object([dict(self._scored.errors)])
-        rows = len(self._scored.raw_NK)
-        return {(n + rank * rows, k): text for rank, errors in enumerate(per_process) for (n, k), text in errors.items()}
+        for name, seconds in self.parts.bus.seconds.items():
+            self._metrics["train"][f"time/reward/{name}"].append(seconds)
+        self._gathered = stack(gather_object([self._scored]))
+        return torch.tensor(self._gathered.raw_NK, dtype=torch.float32, device=self.accelerator.device)
 
     # --- evaluation, logging, checkpoints -----------------------------------------------------------------------------
 
@@ -260,8 +259,11 @@ class Learner(GRPOTrainer):
         return ((name, parameter.detach()) for name, parameter in self.model.named_parameters())
 
     def _signals(self) -> Mapping[Signal, np.ndarray]:
-        usable = self.parts.archive.usable()
-        return {Signal.VALIDATION: usable[-1].vector_K(self.parts.rules.objectives)} if usable else {}
+        """What the scheme needs, and nothing else."""
+        signals = {}
+        if Signal.VALIDATION in self.parts.rules.scheme.needs:
+            signals[Signal.VALIDATION] = self.parts.archive.usable()[-1].vector_K(self.parts.rules.objectives)
+        return signals
 
     def _check_agreement(self, step: int) -> None:
         """Stop when processes have reached different weights: from then on they would train different policies."""
@@ -295,11 +297,16 @@ def trl_config(config: Config, plan: Plan, checkpoints: Path, evaluate_first: bo
     Raises:
         ValueError: TRL refuses the combination.
     """
-    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or config.trl.get("use_cpu", False)
     cpu = told or not torch.accelerator.is_available()
+    if plan.processes == 1 and not cpu and torch.cuda.device_count() > 1:
+        raise ValueError(
+            f"one process and {torch.cuda.device_count()} visible GPUs: train on all by `accelerate launch --multi_gpu "
+            f"--num_processes {torch.cuda.device_count()} -m align.train ...`, or on one by CUDA_VISIBLE_DEVICES=0"
+        )
     defaults = {
         "use_cpu": cpu,
-        "bf16": not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        "bf16": not cpu and not config.trl.get("fp16") and torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "dataloader_pin_memory": not cpu,
         "report_to": "none",
     }

@@ -1,5 +1,7 @@
 """From a YAML file and dotted overrides to a checked `Config`; every problem in one message."""
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,13 +36,26 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         if "=" not in override:
             raise ConfigError(f"cannot read the override {override!r}: write --section.key=value")
     try:
-        loaded = OmegaConf.load(path)
+        loaded = _read_resolved(path) if path.endswith(".json") else OmegaConf.load(path)
         for override in overrides:
             _apply(loaded, override.removeprefix("--"))
         data = OmegaConf.to_container(loaded, resolve=True)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     return parse_config(data, path)
+
+
+def _read_resolved(path: str) -> Any:
+    """A `config.json` of a run: everything in it is meant literally."""
+
+    def escape(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: escape(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [escape(item) for item in value]
+        return re.sub(r"(\\*)\$\{", r"\1\1\\${", value) if isinstance(value, str) else value
+
+    return OmegaConf.create(escape(json.loads(Path(path).read_text(encoding="utf-8"))))
 
 
 def _apply(loaded: Any, override: str) -> None:

@@ -19,8 +19,8 @@ def refuse_missing(matrix: RewardMatrix) -> None:
             reason = matrix.errors.get((int(rows[0]), k), "no reason was recorded")
             raise MissingRewardError(
                 f"objective {objective.name!r} has no value for {len(rows)} of {len(matrix.raw_NK)} samples; the first: "
-                f"{reason}. Mend the reward, or set objectives.{objective.name}.missing to drop_sample, drop_group or "
-                "neutral"
+                f"{reason}. Mend the reward, or say what a missing value does: "
+                f"--objectives.{objective.name}.missing=drop_sample (or drop_group, neutral)"
             )
 
 

@@ -52,9 +52,8 @@ def _reopen(folder: Path, config_path: str, overrides: Sequence[str]) -> Run:
     own = folder / "config.json"
     if not own.is_file():
         raise ValueError(f"--resume: {folder} is not a run folder: it has no config.json")
-    config = load_config(str(own))
-    if config_path or overrides:
-        _refuse_other_config(config, load_config(config_path or str(own), overrides), folder)
+    started, config = load_config(str(own)), load_config(config_path or str(own), overrides)
+    _refuse_other_config(started, config, folder)
     checkpoints = complete_checkpoints(folder / "checkpoints")
     if not checkpoints:
         return Run(config, folder, resumed=True, checkpoint="", finished=False)
@@ -71,12 +70,12 @@ def _reopen(folder: Path, config_path: str, overrides: Sequence[str]) -> Run:
 
 
 def _refuse_other_config(own: Config, given: Config, folder: Path) -> None:
-    a, b = (_flatten(config.model_dump(mode="json", exclude={"output"})) for config in (own, given))
+    a, b = (_flatten(config.settled()) for config in (own, given))
     different = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
     if different:
         raise ValueError(
             f"--resume: {folder} was started with another configuration (differs in {', '.join(different[:5])}): leave "
-            f"--config and overrides away, or start a new run in another --output"
+            f"that away (only steps and objectives.*.missing can change), or start a new run in another --output"
         )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from align.files import replace_text
 from rewards.types import RewardMatrix
 from rollout.types import SampleGroup
 
@@ -42,7 +43,7 @@ class JsonLines:
             if not line.endswith("\n") or json.loads(line)["step"] > step:
                 break
             kept.append(line)
-        self._path.write_text("".join(kept), encoding="utf-8")
+        replace_text(self._path, "".join(kept))
 
 
 class SampleWriter:
@@ -84,11 +85,16 @@ class SampleWriter:
         self._shard = _shard_of(step)
         for path in self._folder.glob(f"*.rank{self._rank}.parquet"):
             if int(path.name.split(".")[0].removeprefix("shard-")) > self._shard:
-                path.unlink()
+                path.unlink(missing_ok=True)
         path = self._path(self._shard)
         self._rows = [row for row in pq.read_table(path).to_pylist() if row["step"] <= step] if path.exists() else []
         if path.exists() and not self._rows:
             path.unlink()
+
+    def clear(self) -> None:
+        """Delete the samples of all processes."""
+        for path in self._folder.glob("*.parquet"):
+            path.unlink(missing_ok=True)
 
     def _path(self, shard: int) -> Path:
         return self._folder / f"shard-{shard:06d}.rank{self._rank}.parquet"
@@ -173,9 +179,11 @@ class RunFiles:
         self._is_main = rank == 0
 
     def resume(self, step: int) -> None:
-        """Cut everything back to `step`; -1 clears it."""
+        """Cut everything back to `step`; -1 clears it, whatever number of processes wrote it."""
         self.samples.resume(step)
         if self._is_main:
+            if step < 0:
+                self.samples.clear()
             self.metrics.truncate(step)
             self.timings.truncate(step)
 

@@ -59,18 +59,20 @@ def take_step(
     """
     refuse_missing(matrix)
     rewards_PGK = matrix.values_NK.reshape(-1, rules.group_size, len(rules.objectives))
+    missing_PGK = np.isnan(rewards_PGK)
     rewards_PGK = apply_missing(rewards_PGK, rules.objectives)
-    constant_PK = _constant(rewards_PGK)
-
-    observation = Observation(step, rewards_PGK, {need: signals[need] for need in rules.scheme.needs})
+    seen_PGK = np.where(missing_PGK, np.nan, rewards_PGK)  # a scheme sees what was measured, not what is filled in
+    observation = Observation(step, seen_PGK, {need: signals[need] for need in rules.scheme.needs})
     state = rules.scheme.update(state, observation)
 
+    constant_PK = _constant(rewards_PGK)
+    silent_P = constant_PK[:, np.array(state.weights_K) != 0].all(axis=1)
     advantages_PG = combine(rewards_PGK, np.array(state.weights_K), rules.estimator, rules.combination)
-    if rules.estimator.type != "reinforce":  # against its own group, a group that is constant in everything says nothing
-        advantages_PG[constant_PK.all(axis=1)] = 0.0
+    if rules.estimator.type != "reinforce":  # against its own mean, a group without differences says nothing
+        advantages_PG[silent_P] = 0.0
     advantages_PG *= state.step_scale
 
-    return StepResult(advantages_PG, state, _metrics(rules.objectives, matrix, state, constant_PK))
+    return StepResult(advantages_PG, state, _metrics(rules.objectives, matrix, state, constant_PK, silent_P))
 
 
 def _constant(rewards_PGK: np.ndarray) -> np.ndarray:
@@ -80,11 +82,11 @@ def _constant(rewards_PGK: np.ndarray) -> np.ndarray:
 
 
 def _metrics(
-    objectives: Sequence[Objective], matrix: RewardMatrix, state: WeightState, constant_PK: np.ndarray
+    objectives: Sequence[Objective], matrix: RewardMatrix, state: WeightState, constant_PK: np.ndarray, silent_P: np.ndarray
 ) -> dict[str, float]:
     """Weights, and per objective the raw mean and spread, the share of missing values and of constant groups."""
     raw_NK = np.ma.masked_invalid(matrix.raw_NK)
-    metrics = {"step_scale": state.step_scale, "groups/effective": float(1 - constant_PK.all(axis=1).mean())}
+    metrics = {"step_scale": state.step_scale, "groups/effective": float(1 - silent_P.mean())}
     for k, objective in enumerate(objectives):
         metrics[f"weights/{objective.name}"] = state.weights_K[k]
         metrics[f"objectives/{objective.name}/mean"] = float(np.ma.filled(raw_NK[:, k].mean(), np.nan))

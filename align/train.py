@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING
 
 from align import __version__
 from align.advice import advise, advise_on_prompts
-from align.build import PromptSets, build_bus, load_prompts, load_tokenizer, locate_model, objectives_of
+from align.build import PromptSets, build_bus, check_shares, load_prompts, load_tokenizer, locate_policy, objectives_of
 from align.checkpoint import read_state
+from align.files import replace_text
 from align.guard import check_imports
 from align.launch import add_train_arguments, relaunch_on_cpu, share_cores
 from align.plan import Plan, Schedule, make_plan
@@ -83,9 +84,10 @@ def build(run: Run) -> Built:
     """Everything that can fail without weights. Raises ValueError."""
     config = run.config
     plan = make_plan(config, processes())
-    model = locate_model(config.policy.model)
+    model = locate_policy(config)
     tokenizer, context = load_tokenizer(model, config)
     prompts = load_prompts(config, tokenizer, context)
+    check_shares(prompts, plan.processes)
     bus = build_bus(config, prompts.columns)
     from align.learner import trl_config  # imports TRL: seconds, so after what is quick to refuse
 
@@ -182,6 +184,7 @@ def _quiet() -> None:
 
 def _write_folder(run: Run) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
+    replace_text(run.folder / "config.json", json.dumps(run.config.model_dump(mode="json"), indent=2) + "\n")
     if run.resumed:
         return
     environment = {
@@ -191,9 +194,7 @@ def _write_folder(run: Run) -> None:
         "processes": processes(),
         **{name: version(name) for name in VERSIONS},
     }
-    (run.folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n", encoding="utf-8")
-    text = json.dumps(run.config.model_dump(mode="json"), indent=2) + "\n"
-    (run.folder / "config.json").write_text(text, encoding="utf-8")
+    replace_text(run.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
 def _summary(run: Run, built: Built) -> str:

@@ -72,6 +72,7 @@ NOT_OFFERED = {  # option of TRL -> why it cannot be set here
     "logging_steps": "every step is logged",
     "logging_strategy": "every step is logged",
     "logging_first_step": "every step is logged",
+    "log_completions": "samples/ in the run folder holds every completion, with its rewards and its advantage",
     "sync_ref_model": "the moving reference is not part of a checkpoint yet, so a resumed run would differ",
 }
 

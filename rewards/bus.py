@@ -53,7 +53,7 @@ def _check(value: object, bounds: tuple[float, float]) -> tuple[float, str]:
         return math.nan, f"{type(value).__name__}: {value}".encode(errors="replace").decode()  # it goes to a file
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan, f"not a number: {value!r:.80}"
     if not math.isfinite(number):
         return math.nan, f"not finite: {number}"

@@ -8,7 +8,7 @@ A reward is a function (or a class whose instances are called) of one sample, an
 * anything given as `args` in the configuration.
 
 It returns a number, or None when there is no value. A function with a `completions` argument is a reward in TRL's
-form: called once for all samples with lists of `prompts`, `completions` and of every data field.
+form: called once for all samples with lists of `prompts`, `completions` (both as text) and of every data field.
 """
 
 import inspect
@@ -52,7 +52,7 @@ def load_component(reward: str, args: Mapping[str, Any], columns: Sequence[str])
     Raises:
         ValueError: It cannot be imported, is not callable, or wants an argument that nobody provides.
     """
-    function = _bind(reward, _import(reward), args)
+    function = _bind(reward, find_reward(reward), args)
     parameters = _parameters(reward, function)
     if "completions" in parameters:
         return TrlReward(function)
@@ -66,13 +66,18 @@ def load_component(reward: str, args: Mapping[str, Any], columns: Sequence[str])
     return SampleReward(function, tuple(name for name in parameters if name in known))
 
 
-def _import(reward: str) -> Callable[..., Any]:
+def find_reward(reward: str) -> Callable[..., Any]:
+    """The function or class behind a built-in name or `module:attribute`. Raises ValueError when there is none."""
     if ":" not in reward and reward not in BUILT_IN:
         raise ValueError(f"no built-in reward {reward!r}: there are {', '.join(BUILT_IN)}; your own is `module:function`")
     try:
         function = resolve_name(BUILT_IN.get(reward, reward))
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"reward {reward!r} cannot be imported from the current folder or environment: {error}") from error
+    if inspect.iscoroutinefunction(function):
+        raise ValueError(
+            f"reward {reward!r} is asynchronous; rewards are called one after the other: make it a plain function"
+        )
     if not callable(function):
         raise ValueError(f"reward {reward!r} is a {type(function).__name__}, not a function or class")
     return function
@@ -135,11 +140,12 @@ class TrlReward:
                 completion_ids=[list(s.token_ids) for _, s in rows],
                 **columns,
             )
+            values = list(values)
+            if len(values) != len(rows):
+                raise ValueError(f"returned {len(values)} values for {len(rows)} samples")
         except Exception as error:  # as above
             return [error] * len(rows)
-        if len(values) != len(rows):
-            return [ValueError(f"returned {len(values)} values for {len(rows)} samples")] * len(rows)
-        return list(values)
+        return values
 
 
 TRL_ARGUMENTS = ("prompt", "prompts", "completions", "completion_ids")

@@ -62,3 +62,12 @@ class RewardMatrix:
     def values_NK(self) -> np.ndarray:
         """Values scaled to [0, 1] by the bounds, larger is better; NaN where missing."""
         return np.stack([o.scale(self.raw_NK[:, k]) for k, o in enumerate(self.objectives)], axis=1)
+
+
+def stack(matrices: Sequence[RewardMatrix]) -> RewardMatrix:
+    """The rows of several matrices on the same objectives, one below the other."""
+    errors, rows = {}, 0
+    for matrix in matrices:
+        errors |= {(n + rows, k): reason for (n, k), reason in matrix.errors.items()}
+        rows += len(matrix.raw_NK)
+    return RewardMatrix(matrices[0].objectives, np.concatenate([m.raw_NK for m in matrices]), errors)

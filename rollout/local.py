@@ -44,7 +44,7 @@ class LocalSampler:
         samples: list[Sample] = []
         with self._policy() as model, torch.no_grad(), torch.random.fork_rng(devices=_cuda_devices(model)):
             torch.manual_seed(params.seed)
-            with _no_generation_defaults(model):
+            with _without_dropout(model), _no_generation_defaults(model):
                 for start in range(0, len(repeated), self._batch_size):
                     samples += self._generate(model, repeated[start : start + self._batch_size], params)
         size = params.samples_per_prompt
@@ -99,6 +99,17 @@ class LocalSampler:
             repetition_penalty=params.repetition_penalty,
             **sampling,
         )
+
+
+@contextmanager
+def _without_dropout(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model into evaluation mode: the policy is the model without dropout."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @contextmanager

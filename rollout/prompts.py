@@ -1,5 +1,6 @@
 """Prompt sources: rows of a hub data set, a file or a function -> rendered, tokenised prompts in a seeded order."""
 
+import inspect
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -29,14 +30,16 @@ class Tokenizer(Protocol):
 def rows_of_function(function: str, args: Mapping[str, Any]) -> Iterable[Row]:
     """Rows that `module:function` returns. Raises ValueError when it cannot be imported or called so."""
     try:
-        rows = resolve_name(function)(**args)
-    except (ImportError, AttributeError) as error:
+        found = resolve_name(function)
+    except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(
             f"prompt function {function!r} cannot be imported from the current folder or environment: {error}"
         ) from error
+    try:
+        inspect.signature(found).bind(**args)
     except TypeError as error:
         raise ValueError(f"prompt function {function!r} does not take args {dict(args)}: {error}") from error
-    return rows
+    return found(**args)
 
 
 def rows_of_file(path: str) -> Iterator[Row]:

@@ -72,7 +72,26 @@ def test_check_tries_every_reward(tmp_path: Path):
 def test_check_of_a_hub_model_downloads_nothing():
     result = paretune("check", QUICKSTART, "--policy.model=nobody/nothing")
     assert result.returncode == 0
-    assert "training will download it" in result.stdout
+    assert "training will download what is not here" in result.stdout
+    unknown = paretune("check", QUICKSTART, "--policy.model=nobody/nothing", "--objectives.accuracy.reward=judge")
+    assert unknown.returncode == 2
+    assert "no built-in reward 'judge'" in unknown.stderr
+
+
+def test_check_takes_chat_messages(tmp_path: Path):
+    import shutil
+
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "align" / "policies" / "arithmetic", model)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    row = {"prompt": [{"role": "user", "content": "7+5-3=?"}], "answer": 9, "expression": "7+5-3"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    source = "={type: file, path: " + str(tmp_path / "rows.jsonl") + "}"
+    result = paretune(
+        "check", QUICKSTART, f"--policy.model={model}", f"--prompts.train{source}", f"--prompts.evaluation{source}"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "the first: '[7+5-3=?]'" in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -88,6 +107,7 @@ def test_check_of_a_hub_model_downloads_nothing():
         (["check", QUICKSTART, "--prompts.train={type: file, path: absent.jsonl}"], "prompts.train: no file 'absent.jsonl'"),
         (["check", QUICKSTART, "--rollout.max_tokens=4000"], "the model's context holds"),
         (["check", QUICKSTART, "--objectives.accuracy.reward=judge"], "objectives.accuracy: no built-in reward 'judge'"),
+        (["check", QUICKSTART, "--processes=16", "--prompts.evaluation.args.count=9"], "9 prompts cannot be shared by 16"),
         (["train"], "nothing to train: give --config FILE"),
         (["train", "--resume", "absent"], "--resume: absent is not a run folder"),
         (["report", "absent"], "absent"),

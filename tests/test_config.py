@@ -71,7 +71,8 @@ BAD = [  # override, what the message must say
     ("--objectives.humour={reward: brevity}", "weighting.weights gives no weight for 'humour'"),
     ("--objectives.accuracy.missing=zero", "objectives.accuracy.missing: 'zero' is not valid"),
     ("--rollout.samples_per_prompt=1", "rollout.samples_per_prompt: 1 is not valid: input should be greater than"),
-    ("--evaluation.reference.accuracy=2", r"evaluation.reference.accuracy: 2.0 is outside its bounds \[0.0, 1.0\]"),
+    ("--evaluation.reference.accuracy=2", r"evaluation.reference.accuracy: 2.0 leaves nothing above it"),
+    ("--evaluation.reference.accuracy=1", r"evaluation.reference.accuracy: 1.0 leaves nothing above it within the bounds"),
     ("--evaluation.reference.speed=0", "evaluation.reference: unknown objective 'speed'"),
     ("--prompts.evaluation=null", "prompts.evaluation is missing: name held-out prompts, or set evaluation.every to 0"),
     ("--prompts.system=Hello", "prompts.system needs a chat template"),
@@ -189,6 +190,38 @@ def test_schedule_ends_with_an_evaluation_and_a_checkpoint():
     assert not any(Schedule(10, 0, 3).evaluates_at(s) for s in range(11))
 
 
+def test_a_resolved_configuration_is_read_back_literally(tmp_path):
+    texts = ["plain", "\U0001f600 é", "${seed}", "\\${seed}", "\\\\${x}", "a\\b", "1e-3", "null", "[1, 2]"]
+    for text in texts:
+        data = load_config(QUICKSTART, ["--prompts.chat=true"]).model_dump(mode="json")
+        data["prompts"]["system"] = text
+        (tmp_path / "config.json").write_text(json.dumps(data))
+        read = load_config(str(tmp_path / "config.json"), ["--seed=3"])
+        assert (read.prompts.system, read.seed) == (text, 3)
+
+
+def test_what_may_change_on_resume_leaves_the_fingerprint_alone():
+    config = load_config(QUICKSTART)
+    for override in (
+        "--output=elsewhere",
+        "--steps=999",
+        "--objectives.accuracy.missing=drop_sample",
+        "--rollout.top_p=1.0",
+    ):
+        assert load_config(QUICKSTART, [override]).fingerprint() == config.fingerprint(), override
+    for override in ("--seed=1", "--objectives.accuracy.bounds=[0, 2]", "--rollout.top_p=0.9", "--estimator=grpo"):
+        assert load_config(QUICKSTART, [override]).fingerprint() != config.fingerprint(), override
+
+
+def test_the_schema_allows_the_short_forms():
+    properties = json_schema()["properties"]
+    for key, names in (
+        ("estimator", ["grpo", "rloo", "reinforce"]),
+        ("combination", ["sum_then_normalize", "normalize_then_sum"]),
+    ):
+        assert {"enum": names, "type": "string"} in properties[key]["anyOf"]
+
+
 # --- advice ---------------------------------------------------------------------------------------------------------------
 
 
@@ -202,6 +235,10 @@ def test_schedule_ends_with_an_evaluation_and_a_checkpoint():
         (
             ["--combination=normalize_then_sum", "--estimator={type: grpo, scale: none}"],
             "estimator.scale=none has no effect",
+        ),
+        (
+            ["--combination=normalize_then_sum", "--estimator={type: reinforce, whiten: false}"],
+            "estimator.whiten=false has no effect",
         ),
         (["--combination=normalize_then_sum", "--estimator=rloo"], "the advantages are those of grpo"),
         (["--weighting={type: fixed, weights: {accuracy: 1, brevity: 1, clarity: 0}}"], "objective 'clarity' has weight 0"),

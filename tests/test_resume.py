@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from align.checkpoint import complete_checkpoints
 from tests.conftest import ROOT, command, environment, overrides, read_lines
@@ -54,8 +55,11 @@ def assert_equal(a: Path, b: Path) -> None:
     files = sorted(p.relative_to(a) for p in [*a.glob("samples/*"), *a.glob("evaluation/*")])
     assert files
     last = complete_checkpoints(a / "checkpoints")[-1][1].relative_to(a)
-    for file in [*files, Path("metrics.jsonl"), Path("archive.jsonl"), last / "model.safetensors", last / "paretune.json"]:
+    state = [last / name for name in ("model.safetensors", "scheduler.pt", "trainer_state.json", "paretune.json")]
+    for file in [*files, Path("metrics.jsonl"), Path("archive.jsonl"), *state]:
         assert (a / file).read_bytes() == (b / file).read_bytes(), f"{file} differs"
+    ours, theirs = (torch.load(folder / last / "optimizer.pt", weights_only=True)["state"] for folder in (a, b))
+    assert all(torch.equal(ours[i][key], theirs[i][key]) for i in ours for key in ours[i])
     assert sorted(p.name for p in (a / "samples").iterdir()) == sorted(p.name for p in (b / "samples").iterdir())
 
 
@@ -100,16 +104,21 @@ def test_killed_in_two_processes(tmp_path, straight, step):
     assert_equal(straight(RUN, 2), folder)
 
 
-def test_a_checkpoint_cut_off_by_the_kill_is_passed_over(tmp_path, straight):
+@pytest.mark.parametrize("older", [True, False], ids=["for an older one", "for the start"])
+def test_a_checkpoint_cut_off_by_the_kill_is_passed_over(tmp_path, straight, older):
     folder = tmp_path / "run"
-    shutil.copytree(straight(RUN, 1), folder)
+    kept = (*RUN, "--checkpoint.keep=9")
+    shutil.copytree(straight(kept, 1), folder)
     last = folder / "checkpoints" / "checkpoint-8"
     (last / "paretune.json").unlink()
     (last / "model.safetensors").write_bytes(b"cut off")
-    shutil.rmtree(folder / "checkpoints" / "checkpoint-6", ignore_errors=True)
-    shutil.rmtree(folder / "checkpoints" / "checkpoint-3", ignore_errors=True)
-    assert resume(folder, processes=1).returncode == 0  # nothing complete is left: from the start
-    assert_equal(straight(RUN, 1), folder)
+    if not older:
+        shutil.rmtree(folder / "checkpoints" / "checkpoint-6")
+        shutil.rmtree(folder / "checkpoints" / "checkpoint-3")
+    result = resume(folder, processes=1)
+    assert result.returncode == 0, result.stderr
+    assert ("checkpoint-6" if older else "from the start") in result.stdout
+    assert_equal(straight(kept, 1), folder)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -10,7 +10,7 @@ from rewards.arithmetic import arithmetic_accuracy, arithmetic_clarity, evaluate
 from rewards.bus import RewardBus
 from rewards.component import BUILT_IN, load_component
 from rewards.text import brevity, step_lines
-from rewards.types import Missing, Objective
+from rewards.types import Missing, Objective, stack
 from rewards.verify import math_answer, numeric_answer, stated_answer
 from rollout.types import FinishReason, Prompt, Sample, SampleGroup
 
@@ -207,6 +207,7 @@ def test_every_built_in_reward_can_be_loaded():
         ("tests.test_rewards:nothing", {}, "cannot be imported"),
         ("tests.test_rewards:seen", {}, "is a list, not a function"),
         ("tests.test_rewards:Threshold", {"most": 2}, "does not take args"),
+        ("tests.test_rewards:asynchronous", {}, "is asynchronous"),
         ("brevity", {"max_token": 2}, "does not take args"),
         ("tests.test_rewards:nosy", {}, r"wants an argument 'extra'.*field of the data \(answer\)"),
     ],
@@ -243,6 +244,42 @@ def test_a_reward_of_the_wrong_length_has_no_values_at_all():
     matrix = bus("tests.test_rewards:one_short").score([group("a", "b", "c")])
     assert matrix.missing_NK.all()
     assert matrix.errors[0, 0] == "ValueError: returned 2 values for 3 samples"
+
+
+@pytest.mark.parametrize("reward", ["returns_nothing", "returns_a_number"])
+def test_a_reward_without_a_list_has_no_values_at_all(reward):
+    matrix = bus(f"tests.test_rewards:{reward}").score([group("a", "b")])
+    assert matrix.missing_NK.all()
+    assert matrix.errors[1, 0].startswith("TypeError: ")
+
+
+def returns_nothing(completions, **kwargs):
+    return None
+
+
+def returns_a_number(completions, **kwargs):
+    return 1.0
+
+
+async def asynchronous(text):
+    return 1.0
+
+
+def test_a_number_beyond_floats_is_missing():
+    matrix = bus("tests.test_rewards:astronomical").score([group("a")])
+    assert matrix.missing_NK.all()
+
+
+def astronomical(text):
+    return 10**400
+
+
+def test_matrices_are_stacked_with_their_reasons():
+    one = bus("tests.test_rewards:misbehaving").score([group("ok", "none")])
+    two = bus("tests.test_rewards:misbehaving").score([group("nan", "ok")])
+    both = stack([one, two])
+    assert both.missing_NK[:, 0].tolist() == [False, True, True, False]
+    assert both.errors == {(1, 0): "no value", (2, 0): "not finite: nan"}
 
 
 def test_a_process_without_samples_has_no_rows():

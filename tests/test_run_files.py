@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from align.checkpoint import RunState, complete_checkpoints, prune, read_state, write_state
-from align.runlog import STEPS_PER_SHARD, JsonLines, SampleWriter, sample_rows
+from align.runlog import STEPS_PER_SHARD, JsonLines, RunFiles, SampleWriter, sample_rows
 from rewards.types import Missing, Objective, RewardMatrix
 from rollout.types import FinishReason, Prompt, Sample, SampleGroup
 from tests.conftest import read_lines
@@ -85,6 +85,13 @@ def test_resuming_from_the_start_clears_everything(tmp_path: Path):
     assert len(content(tmp_path)) == 2  # another process's
     SampleWriter(tmp_path, 0, ["a", "b"]).resume(-1)
     assert content(tmp_path) == {}
+
+
+def test_resuming_from_the_start_clears_what_more_processes_left(tmp_path: Path):
+    for rank in range(3):
+        write_steps(tmp_path / "samples", 1, 2, SampleWriter(tmp_path / "samples", rank, ["a", "b"]))
+    RunFiles(tmp_path, 0, ["a", "b"]).resume(-1)
+    assert list((tmp_path / "samples").iterdir()) == []
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

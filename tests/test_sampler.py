@@ -96,6 +96,21 @@ def test_samples_come_from_the_models_distribution(policy, sampler):
     assert distance < 0.5 * ((2 / torch.pi * expected * (1 - expected) / 4000).sqrt().sum()) * 2
 
 
+def test_dropout_is_off_while_sampling(policy, sampler):
+    model, _ = policy
+    seen = []
+    hook = model.register_forward_pre_hook(lambda module, inputs: seen.append(module.training))
+    model.train()
+    try:
+        sampler.sample(prompts_of(policy, "7+5-3=?"), params())
+        assert model.training
+    finally:
+        hook.remove()
+        model.eval()
+    assert seen
+    assert not any(seen)
+
+
 def test_settings_that_came_with_the_model_do_not_leak_in(policy, sampler):
     model, _ = policy
     prompts = prompts_of(policy, "7+5-3=?")

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from align.config import FixedWeighting, GrpoEstimator, ReinforceEstimator, RlooEstimator, SumThenNormalize
+from align.config import (
+    FixedWeighting,
+    GrpoEstimator,
+    ReinforceEstimator,
+    RlooEstimator,
+    ScheduleWeighting,
+    SumThenNormalize,
+)
 from align.missing import MissingRewardError, apply_missing
 from align.step import StepRules, take_step
 from align.weighting import Signal, WeightState, build_scheme
@@ -129,6 +136,35 @@ def test_missing_is_never_zero():
 def test_nothing_missing_is_nothing_copied():
     rewards = np.zeros((1, 2, 2))
     assert apply_missing(rewards, objectives()) is rewards
+
+
+def test_a_scheme_sees_what_was_measured_and_not_what_was_filled_in():
+    class Watching:
+        needs = frozenset()
+
+        def init(self, objectives):
+            return WeightState((0.5, 0.5), 1.0, {})
+
+        def update(self, state, observation):
+            assert np.isnan(observation.rewards_PGK[0, 1, 0])
+            assert observation.rewards_PGK[0, 0, 0] == 1
+            return state
+
+    step(rules(objectives(Missing.NEUTRAL), scheme=Watching()), [[10, 0.25], [NAN, 0.75]])
+
+
+def test_an_objective_of_weight_zero_makes_no_group_effective():
+    result = step(rules(objectives(), weights=(0, 1)), [[10, 0.3], [0, 0.3]])
+    assert result.metrics["groups/effective"] == 0
+    assert result.metrics["objectives/up/constant_groups"] == 0
+
+
+def test_milestones_are_not_taken_for_numbers_of_objectives():
+    schedule = ScheduleWeighting(
+        type="schedule", weights={"up": 1, "down": 1}, milestones=[{"step": 5, "weights": {"up": 1, "down": 0}}]
+    )
+    result = step(rules(objectives(), scheme=build_scheme(schedule)), [[10, 0.25], [0, 0.75]])
+    assert not any(key.startswith("weighting/") for key in result.metrics)
 
 
 def test_constant_groups_are_counted_and_silent():

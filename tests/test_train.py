@@ -210,9 +210,18 @@ def test_a_reward_that_fails_later_stops_the_run_and_loses_nothing(launch, tmp_p
     )
     assert f"Nothing is lost: mend it, then paretune train --resume {folder}" in result.stderr
     assert (folder / "checkpoints" / "checkpoint-3" / "paretune.json").exists()
+    tokens = read_lines(folder / "metrics.jsonl")[-1]["num_tokens"]
     (tmp_path / "my_rewards.py").write_text(FRAGILE.replace("raise", "pass; #"))
     assert run_in(tmp_path, "--resume", str(folder)).returncode == 0
-    assert [row["step"] for row in read_lines(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    rows = read_lines(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert rows[3]["num_tokens"] < tokens * 1.6  # the batch that could not be scored was not counted
+    (tmp_path / "my_rewards.py").write_text("def fragile(text): return None\n")
+    changed = run_in(tmp_path, "--resume", str(folder), "--steps=7", "--objectives.accuracy.missing=neutral")
+    assert changed.returncode == 0, changed.stderr
+    last = read_lines(folder / "metrics.jsonl")[-1]
+    assert (last["step"], last["objectives/accuracy/missing"]) == (7, 1.0)
+    assert json.loads((folder / "config.json").read_text())["objectives"]["accuracy"]["missing"] == "neutral"
 
 
 def test_a_tolerated_failure_is_counted_not_zeroed(tmp_path):
@@ -252,9 +261,13 @@ def run_in(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
         ("--rollout.max_tokens=100000", "the model's context holds"),
         ("--objectives.accuracy.reward=no.module:x", "objectives.accuracy: reward 'no.module:x' cannot be imported"),
         ("--trl.optim=newton", "newton"),
+        ("--policy.model={adapter}", "holds LoRA weights only"),
     ],
 )
 def test_mistakes_are_said_before_the_model_loads(launch, tmp_path, override, message):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    override = override.replace("{adapter}", str(tmp_path / "adapter"))
     more = ["--learner.micro_batch_size=16"] if "prompts_per_batch" in override else []
     result = launch("align.train", *overrides(tmp_path / "run", override, *more))
     assert result.returncode == 2, result.stdout + result.stderr

@@ -3,9 +3,9 @@
 from align.config import WeightingConfig
 from align.weighting.base import Observation, Scheme, Signal, WeightState
 from align.weighting.fixed import Fixed
-from align.weighting.schedule import Schedule
+from align.weighting.schedule import Scheduled
 
-SCHEMES = {"fixed": Fixed, "schedule": Schedule}
+SCHEMES = {"fixed": Fixed, "schedule": Scheduled}
 
 
 def build_scheme(config: WeightingConfig) -> Scheme:

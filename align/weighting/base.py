@@ -24,7 +24,7 @@ class Observation:
 
     Args:
         step: Optimiser steps taken so far.
-        rewards_PGK: Rewards of the batch, scaled to [0, 1], larger is better; NaN where left out.
+        rewards_PGK: Rewards of the batch, scaled to [0, 1], larger is better; NaN where missing or left out.
         signals: Exactly what the scheme `needs`.
     """
 

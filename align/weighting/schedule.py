@@ -11,7 +11,7 @@ from rewards.types import Objective
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Scheduled:
     """Piecewise linear weights on the simplex.
 
     Between milestones (s_i, w_i) and (s_j, w_j), step s gets w = w_i + (w_j - w_i) (s - s_i) / (s_j - s_i), with each w
@@ -25,12 +25,12 @@ class Schedule:
         """Every milestone as a point of the simplex, and the weights of step 0."""
         steps = [0, *(milestone.step for milestone in self.config.milestones)]
         points = [self.config.weights, *(milestone.weights for milestone in self.config.milestones)]
-        memory = {"milestone_steps": steps, "milestone_weights": [list(shares(point, objectives)) for point in points]}
-        return WeightState(tuple(memory["milestone_weights"][0]), step_scale=1.0, memory=memory)
+        milestones = [[step, list(shares(point, objectives))] for step, point in zip(steps, points, strict=True)]
+        return WeightState(tuple(milestones[0][1]), step_scale=1.0, memory={"milestones": milestones})
 
     def update(self, state: WeightState, observation: Observation) -> WeightState:
         """The weights of the observed step."""
-        steps, points = state.memory["milestone_steps"], state.memory["milestone_weights"]
+        steps, points = zip(*state.memory["milestones"], strict=True)
         after = bisect_right(steps, observation.step)
         if after == len(steps):
             weights = points[-1]
