@@ -51,6 +51,7 @@ class Samples:
 class RunData:
     """What a run folder holds, as far as the report needs it."""
 
+    folder: Path
     name: str
     config: Config
     objectives: Sequence[Objective]
@@ -95,6 +96,7 @@ def _read_run(folder: Path) -> RunData:
         raise ValueError(f"{folder} is not a run folder; {advice}. {error}") from error
     objectives = objectives_of(config)
     return RunData(
+        folder=folder,
         name=folder.resolve().name,
         config=config,
         objectives=objectives,
@@ -238,7 +240,7 @@ def _table(run: RunData) -> list[dict[str, Any]]:
             "values": [_mean_and_error(point, objective) for objective in run.objectives],
             "missing": ", ".join(f"{name} {_percent(share)}" for name, share in point.missing.items() if share > 0),
             "on_front": point.step in on_front,
-            "checkpoint": point.checkpoint,
+            "checkpoint": point.checkpoint if (run.folder / point.checkpoint).is_dir() else "",  # others are deleted in time
         }
         for point in run.archive.points
     ]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from align.files import replace_text
@@ -58,7 +59,7 @@ class SampleWriter:
         self._rank = rank
         self._objectives = objectives
         self._shard = 0
-        self._rows: list[dict[str, Any]] = []
+        self._batches: list[pa.Table] = []
         folder.mkdir(parents=True, exist_ok=True)
 
     def write(
@@ -72,13 +73,14 @@ class SampleWriter:
         """Add this process's samples of a batch, `step` being the first optimiser step (from 1) that trains on them."""
         if _shard_of(step) != self._shard:
             self.flush()
-            self._shard, self._rows = _shard_of(step), []
-        self._rows += sample_rows(step, groups, matrix, weights_K, advantages_N)
+            self._shard, self._batches = _shard_of(step), []
+        rows = sample_rows(step, groups, matrix, weights_K, advantages_N)
+        self._batches.append(_table(rows, self._objectives))
 
     def flush(self) -> None:
         """Write the current shard to disk."""
-        if self._rows:
-            write_parquet(self._path(self._shard), self._rows, self._objectives)
+        if self._batches:
+            _write(self._path(self._shard), pa.concat_tables(self._batches))
 
     def resume(self, step: int) -> None:
         """Go back to `step`: drop later samples, and continue the shard that it lies in."""
@@ -87,9 +89,10 @@ class SampleWriter:
             if int(path.name.split(".")[0].removeprefix("shard-")) > self._shard:
                 path.unlink(missing_ok=True)
         path = self._path(self._shard)
-        self._rows = [row for row in pq.read_table(path).to_pylist() if row["step"] <= step] if path.exists() else []
-        if path.exists() and not self._rows:
-            path.unlink()
+        kept = pq.read_table(path).filter(pc.field("step") <= step) if path.exists() else ()
+        self._batches = [kept] if len(kept) else []
+        if not self._batches:
+            path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Delete the samples of all processes."""
@@ -140,6 +143,10 @@ def sample_rows(
 
 def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> None:
     """Write sample rows, whole or not at all."""
+    _write(path, _table(rows, objectives))
+
+
+def _table(rows: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> pa.Table:
     schema = pa.schema(
         [
             ("step", pa.int32()),
@@ -156,8 +163,12 @@ def write_parquet(path: Path, rows: Sequence[Mapping[str, Any]], objectives: Seq
             *((f"weight/{name}", pa.float64()) for name in objectives),
         ]
     )
+    return pa.Table.from_pylist(list(rows), schema=schema)
+
+
+def _write(path: Path, table: pa.Table) -> None:
     temporary = path.with_suffix(".partial")
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), temporary)
+    pq.write_table(table.combine_chunks(), temporary)  # the same bytes however many batches it came in
     os.replace(temporary, path)
 
 
