@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import cycle, permutations
+from itertools import combinations, cycle, permutations
 from pathlib import Path
 from typing import Any
 
@@ -154,11 +154,15 @@ def _finite(number: float) -> float | None:
 # --- the front --------------------------------------------------------------------------------------------------------
 
 
-def widest_axes(archive: Archive, objectives: Sequence[Objective]) -> list[int]:
-    """The objectives from the largest spread over the usable points, as a share of the bounds, to the smallest."""
-    if not archive.usable():
-        return list(range(len(objectives)))
-    return np.argsort(-np.ptp(archive.vectors_MK(), axis=0), kind="stable").tolist()
+def ranked_axes(archive: Archive, objectives: Sequence[Objective]) -> list[int]:
+    """The two objectives that conflict most over the usable points (least covariance), then the others by their spread."""
+    vectors_MK, every = archive.vectors_MK(), range(len(objectives))
+    if len(objectives) < 3 or len(vectors_MK) < 2:
+        return list(every)
+    covariance_KK = np.cov(vectors_MK.T)
+    pair = min(combinations(every, 2), key=lambda pair: covariance_KK[pair])
+    spread_K = np.ptp(vectors_MK, axis=0)
+    return [*pair, *sorted(set(every) - set(pair), key=lambda k: -spread_K[k])]
 
 
 def staircase(points: Sequence[ParetoPoint], x: Objective, y: Objective) -> tuple[list[float], list[float]]:
@@ -202,7 +206,7 @@ def front_axes(archive: Archive, objectives: Sequence[Objective]) -> dict[str, A
 
 
 def _shown(archive: Archive, objectives: Sequence[Objective]) -> list[Objective]:
-    return [objectives[k] for k in sorted(widest_axes(archive, objectives)[:2])]
+    return [objectives[k] for k in ranked_axes(archive, objectives)[:2]]
 
 
 def _kinds(archive: Archive) -> dict[str, list[ParetoPoint]]:
@@ -218,7 +222,7 @@ def _kinds(archive: Archive) -> dict[str, list[ParetoPoint]]:
 
 
 def _front_figure(archive: Archive, objectives: Sequence[Objective]) -> Chart:
-    """Trace 0 is the staircase, the others are the kinds of points, in the two objectives with the largest spread."""
+    """Trace 0 is the staircase, the others are the kinds of points, in the two objectives that conflict most."""
     axes = front_axes(archive, objectives)
     x, y = axes["shown"]
     corners = axes["stairs"][x][y]
@@ -287,7 +291,7 @@ LOOKS = {
 
 
 def draw_front(path: Path, archive: Archive, objectives: Sequence[Objective]) -> None:
-    """A picture of the front in the two objectives with the largest spread; others are text and colour."""
+    """A picture of the front in the two objectives that conflict most; others are text and colour."""
     figure = Figure(figsize=(8, 5), dpi=160, layout="constrained", facecolor="white")
     axes = figure.subplots()
     if not archive.usable():
@@ -319,9 +323,9 @@ def _draw_values(axes: Axes, archive: Archive, objectives: Sequence[Objective]) 
 
 
 def _draw_plane(axes: Axes, archive: Archive, objectives: Sequence[Objective]) -> None:
-    """The third widest objective is the colour, or the step where there are only two."""
+    """A third objective is the colour, or the step where there are only two."""
     x, y = _shown(archive, objectives)
-    third, *others = [objectives[k] for k in widest_axes(archive, objectives)[2:]] or [None]
+    third, *others = [objectives[k] for k in ranked_axes(archive, objectives)[2:]] or [None]
 
     def shade(point: ParetoPoint) -> float:
         return point.values[third.name] if third else point.step
