@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -57,8 +58,9 @@ class Project:
         command = [self.folder / script, *arguments]
         environment |= {"PATH": str(self.bin), "HOME": str(self.folder)}
         return subprocess.run(
-            command, cwd="/", env=environment, capture_output=True, text=True, timeout=60, start_new_session=True
-        )
+            command, cwd="/", env=environment, capture_output=True, text=True, timeout=60, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # it is ignored in jobs in the background
+        )  # fmt: skip
 
     def calls(self) -> list[str]:
         """Command lines of Python (less the innocent ones) and of `paretune` in the last run."""
