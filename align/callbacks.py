@@ -58,6 +58,12 @@ class ScheduleCallback(TrainerCallback):
         return bool(gather(torch.tensor([self._stop()], device=device)).any())
 
 
+def _share(logs: dict[str, Any], name: str) -> str:
+    """Says when a held-out mean is not that of all samples."""
+    missing = logs[f"eval_{name}_missing"]
+    return f" ({missing:.1%} missing)" if missing else ""
+
+
 class ProgressCallback(TrainerCallback):
     """A progress bar with the mean of every objective, and a line per evaluation."""
 
@@ -84,7 +90,7 @@ class ProgressCallback(TrainerCallback):
         if self._bar is None or not state.is_world_process_zero:
             return
         if "eval_hypervolume" in logs:
-            values = "  ".join(f"{name} {logs[f'eval_{name}']:.3f}" for name in self._objectives)
+            values = "  ".join(f"{name} {logs[f'eval_{name}']:.3f}{_share(logs, name)}" for name in self._objectives)
             tqdm.write(f"step {state.global_step:>5}  held-out: {values}  hypervolume {logs['eval_hypervolume']:.3f}")
         elif "loss" in logs:
             means = {name: logs.get(f"objectives/{name}/mean") for name in self._objectives}

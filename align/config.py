@@ -167,7 +167,7 @@ class ObjectiveConfig(Section):
     """Smallest and largest possible value. Values are scaled to [0, 1] by them; one outside is an error, not clipped."""
     missing: Literal["fail", "drop_sample", "drop_group", "neutral"] = "fail"
     """What a value that could not be had does: stop the run, leave the sample or its whole group out of the update,
-    or count as the mean of its group."""
+    or count as the mean of its group. Held-out means leave it out, and the share is reported."""
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> "ObjectiveConfig":

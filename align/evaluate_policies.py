@@ -14,6 +14,7 @@ from align.archive import hypervolume_share, reference_vector, scaled_vector
 from align.build import build_bus, is_adapter, load_prompts, load_tokenizer, locate_model, objectives_of
 from align.checkpoint import complete_checkpoints
 from align.config import Config
+from align.launch import quiet
 from align.load import load_config
 from align.sampling import evaluation_params
 
@@ -40,6 +41,7 @@ def evaluate_policies(target: str, config_path: str, checkpoints: str, json_path
     if not config.evaluation.every:
         raise ValueError("evaluation.every is 0: evaluation is off; set it, and prompts.evaluation")
     policies = _policies_of(run, config, checkpoints) if run else [Policy(target, locate_model(target))]
+    quiet()
     summaries = {policy.name: _evaluate(policy, config) for policy in policies}
     print(_table(summaries, config))
     if json_path:
@@ -107,10 +109,11 @@ def _table(summaries: "dict[str, Summary]", config: Config) -> str:
     objectives = objectives_of(config)
     reference_K = reference_vector(config.evaluation.reference, objectives)
     width = max(len("policy"), *(len(name) for name in summaries))
-    lines = [f"{'policy':<{width}}  " + "  ".join(f"{o.name:>16}" for o in objectives) + "  hypervolume"]
+    lines = [f"{'policy':<{width}}  " + "  ".join(f"{o.name:>16}" for o in objectives) + "  own hypervolume"]
     for name, summary in summaries.items():
         cells = [f"{summary.values[o.name]:8.3f} ± {summary.standard_errors[o.name]:5.3f}" for o in objectives]
         vector_K = scaled_vector(summary.values, objectives)
         volume = hypervolume_share(vector_K[None], reference_K) if np.isfinite(vector_K).all() else math.nan
-        lines.append(f"{name:<{width}}  " + "  ".join(f"{cell:>16}" for cell in cells) + f"  {volume:11.3f}")
+        lines.append(f"{name:<{width}}  " + "  ".join(f"{cell:>16}" for cell in cells) + f"  {volume:15.3f}")
+        lines += [f"{'':<{width}}  {share:.1%} of {o} missing" for o, share in summary.missing.items() if share]
     return "\n".join(lines)

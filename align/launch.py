@@ -28,6 +28,16 @@ def share_cores() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
+def quiet() -> None:
+    """One progress bar is enough, and warnings about what we do on purpose are none."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_warning()
+
+
 def relaunch_on_cpu(module: str, arguments: Sequence[str]) -> None:
     """Return when nothing is to be done; else replace this process by N processes that run `module`."""
     if not asked_for_several(os.environ):

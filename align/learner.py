@@ -185,6 +185,7 @@ class Learner(GRPOTrainer):
         if self.accelerator.is_main_process:
             parts.files.write_evaluation(step, evaluation.rows)
         metrics = {f"eval_{name}": value for name, value in summary.values.items()}
+        metrics |= {f"eval_{name}_missing": share for name, share in summary.missing.items()}
         metrics["eval_hypervolume"] = parts.archive.hypervolume()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -308,6 +309,7 @@ def trl_config(config: Config, plan: Plan, checkpoints: Path, evaluate_first: bo
         "use_cpu": cpu,
         "bf16": not cpu and not config.trl.get("fp16") and torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "dataloader_pin_memory": not cpu,
+        "ddp_find_unused_parameters": False,  # a causal language model uses all
         "report_to": "none",
     }
     owned = {

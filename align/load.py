@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +83,20 @@ def _explain(error: Any, data: Any) -> list[str]:
         case "value_error":  # our own rules: they say what to do, and name the key where it is a deeper one
             return [line if not key or line.startswith(f"{key}.") else f"{key}: {line}" for line in message.split("\n")]
         case "missing":
-            return [f"{key} is missing"]
+            return [f"{key} is missing{_other_spelling(error['loc'], data)}"]
         case "union_tag_not_found":
             return [f"{key}.type is missing: say which kind this is"]
         case "union_tag_invalid":
             return [f"{key}.type: {error['ctx']['tag']!r} does not exist; one of {error['ctx']['expected_tags']}"]
     return [f"{key}: {error['input']!r} is not valid: {message[0].lower()}{message[1:]}"]
+
+
+def _other_spelling(location: tuple, data: Any) -> str:
+    """A key of a misspelt objective makes an objective without a reward: name the one that was meant."""
+    if location[0] != "objectives" or location[-1] != "reward":
+        return ""
+    near = get_close_matches(location[1], [name for name in data["objectives"] if name != location[1]], 1)
+    return f"; did you mean objectives.{near[0]}?" if near else ""
 
 
 def _key(location: tuple, data: Any, keep_last: bool) -> str:

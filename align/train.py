@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from align.build import PromptSets, build_bus, check_shares, load_prompts, load_
 from align.checkpoint import read_state
 from align.files import replace_text
 from align.guard import check_imports
-from align.launch import add_train_arguments, relaunch_on_cpu, share_cores
+from align.launch import add_train_arguments, quiet, relaunch_on_cpu, share_cores
 from align.plan import Plan, Schedule, make_plan
 from align.runfolder import Run, is_main, open_run, processes
 
@@ -52,7 +53,7 @@ def train(config_path: str, resume: str, overrides: Sequence[str]) -> int:
         check_imports()
         run = open_run(config_path, resume, overrides)
         if run.finished:
-            print(f"{run.folder} is complete: {run.config.steps} steps")
+            print(f"{run.folder} is complete: {run.config.steps} steps (a larger --steps goes on)")
             return 0
         built = build(run)
     except ValueError as error:
@@ -145,7 +146,7 @@ def _run(run: Run, built: Built) -> int:
     from align.missing import MissingRewardError
 
     config, state = run.config, PartialState()
-    _quiet()
+    quiet()
     state.wait_for_everyone()  # nobody writes before everybody has checked
     if state.is_main_process:
         _write_folder(run)
@@ -156,11 +157,12 @@ def _run(run: Run, built: Built) -> int:
     on_schedule = ScheduleCallback(schedule, lambda: stop.requested)
     progress = ProgressCallback(list(config.objectives), config.steps)
     learner = build_learner(run, built, schedule, [on_schedule, progress])
-    start = time.perf_counter()
+    start, done = time.perf_counter(), read_state(Path(run.checkpoint)).step if run.checkpoint else 0
     try:
         learner.train(resume_from_checkpoint=run.checkpoint or None)
     except MissingRewardError as error:
         learner.save_unless_saved()
+        print(flush=True)  # below the progress bar
         return _fail(error, f"Nothing is lost: mend it, then {_resume_command(run)}")
     finally:
         learner.sampler.close()
@@ -168,18 +170,9 @@ def _run(run: Run, built: Built) -> int:
         if on_schedule.stopped and learner.state.global_step < config.steps:
             print(f"stopped after step {learner.state.global_step}; go on with: {_resume_command(run)}")
         else:
-            _finish(run, learner, time.perf_counter() - start)
+            print(f"trained {learner.state.global_step - done} steps in {time.perf_counter() - start:.0f} s")
+            _finish(run, learner)
     return 0
-
-
-def _quiet() -> None:
-    """One progress bar is enough, and warnings about what we do on purpose are none."""
-    import datasets
-    import transformers
-
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_warning()
 
 
 def _write_folder(run: Run) -> None:
@@ -213,11 +206,10 @@ def _summary(run: Run, built: Built) -> str:
     return "\n".join([*lines, *(f"warning    {warning}" for warning in warnings)])
 
 
-def _finish(run: Run, learner: "Learner", seconds: float) -> None:
+def _finish(run: Run, learner: "Learner") -> None:
     """Say what came out, and write the report."""
     from align.report import write_report
 
-    print(f"trained {run.config.steps} steps in {seconds:.0f} s")
     archive = learner.parts.archive
     if archive.usable():
         first, last = archive.hypervolume(1), archive.hypervolume()
@@ -231,7 +223,8 @@ def _finish(run: Run, learner: "Learner", seconds: float) -> None:
 def _resume_command(run: Run) -> str:
     cpu = "--cpu " if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") else ""
     several = f"accelerate launch {cpu}--num_processes {processes()} -m align.train"
-    launcher = "paretune train" if processes() == 1 else several
+    command = "paretune" if shutil.which("paretune") else os.path.relpath(Path(sys.executable).with_name("paretune"))
+    launcher = f"{command} train" if processes() == 1 else several
     return f"{launcher} --resume {shlex.quote(str(run.folder))}"
 
 

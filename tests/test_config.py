@@ -62,6 +62,7 @@ BAD = [  # override, what the message must say
     ("--steps=lots", "steps: 'lots' is not valid: input should be a valid integer"),
     ("--steps=0", "steps: 0 is not valid: input should be greater than 0"),
     ("--policy=tiny", "policy: 'tiny' is not valid: input should be a valid dictionary"),
+    ("--objectives.acuracy.missing=neutral", r"objectives.acuracy.reward is missing; did you mean objectives.accuracy\?"),
     ("--weighting.weights.acuracy=1", r"weighting.weights: unknown objective 'acuracy'; did you mean 'accuracy'\?"),
     ("--weighting.weights.accuracy=-1", "weighting.weights.accuracy: -1.0 is negative; weights are shares"),
     ("--weighting.weights.accuracy=.nan", "weighting.weights.accuracy: nan is not valid: input should be a finite number"),

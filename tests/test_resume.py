@@ -136,7 +136,8 @@ def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(tmp_path, straight, pr
     stopped_at = complete_checkpoints(folder / "checkpoints")[-1][0]
     assert 4 <= stopped_at < 8
     launcher = {1: "paretune train", 2: "accelerate launch --cpu --num_processes 2 -m align.train"}[processes]
-    assert f"stopped after step {stopped_at}; go on with: {launcher} --resume {folder}" in output
+    assert f"stopped after step {stopped_at}; go on with: " in output
+    assert f"{launcher} --resume {folder}" in output
     assert resume(folder, processes).returncode == 0
     assert_equal(straight(RUN, processes), folder)
 

@@ -208,7 +208,8 @@ def test_a_reward_that_fails_later_stops_the_run_and_loses_nothing(launch, tmp_p
         "objective 'accuracy' has no value for 16 of 16 samples; the first: ConnectionError: the judge is gone"
         in result.stderr
     )
-    assert f"Nothing is lost: mend it, then paretune train --resume {folder}" in result.stderr
+    assert "Nothing is lost: mend it, then " in result.stderr
+    assert f"paretune train --resume {folder}" in result.stderr
     assert (folder / "checkpoints" / "checkpoint-3" / "paretune.json").exists()
     tokens = read_lines(folder / "metrics.jsonl")[-1]["num_tokens"]
     (tmp_path / "my_rewards.py").write_text(FRAGILE.replace("raise", "pass; #"))
