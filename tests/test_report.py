@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import time
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +24,7 @@ from align.step import StepRules, take_step
 from align.weighting import build_scheme
 from rewards.types import RewardMatrix
 from rollout.types import FinishReason, Prompt, Sample, SampleGroup
+from tests.page import Page
 
 OBJECTIVES = {
     "accuracy": {"reward": "arithmetic_accuracy"},
@@ -32,8 +32,6 @@ OBJECTIVES = {
     "clarity": {"reward": "arithmetic_clarity", "missing": "neutral"},
 }
 ANSWERS = ("7+5=12;12-3=9;#9", "#9", "7+5=12;#9", "7+5=11;11-3=8;#8", "9", "7-3=4;4+5=9;#9")
-
-
 DELETED = 8  # step whose checkpoint is gone
 
 
@@ -113,34 +111,6 @@ class MadeUpRun:
         rows = (means, spreads / math.sqrt(prompts), matrix.missing_NK.mean(axis=0))
         tables = [{o.name: float(x) for o, x in zip(self.objectives, row, strict=True)} for row in rows]
         return ParetoPoint(step, *tables, prompts, 8 * self.prompts * step, f"checkpoints/checkpoint-{step}")
-
-
-class Page(HTMLParser):
-    """Tags in order, attributes, the text that is seen, and the JSON islands by the first part of their id."""
-
-    def __init__(self, path: Path):
-        super().__init__()
-        self.tags, self.attributes, self.text, self.islands, self._open = [], [], "", {}, []
-        self.feed(path.read_text(encoding="utf-8"))
-        self.close()
-        assert not self._open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-        self._is_island = ("type", "application/json") in attrs
-        if tag not in ("meta", "input"):
-            self._open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self._open.pop() == tag
-
-    def handle_data(self, data):
-        if not {"script", "style"} & set(self._open):
-            self.text = f"{self.text} {data.strip()}".strip()
-        elif self._is_island:
-            assert not set(data) & set("<>&\u2028\u2029")
-            self.islands[self.attributes[-1][1].removesuffix("-data")] = json.loads(data)
 
 
 def report(folder: Path) -> Page:
