@@ -138,7 +138,7 @@ def test_a_batch_in_quarters_has_the_gradient_of_the_whole():
         nll -= log_probs[range(len(completion)), completion].sum()
         tokens += len(completion)
     (nll / tokens).backward()
-    assert loss == pytest.approx(float(nll) / tokens, rel=1e-5)
+    assert loss == pytest.approx(nll.item() / tokens, rel=1e-5)
     for ours, theirs in zip(model.parameters(), whole.parameters(), strict=True):
         assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
 
