@@ -22,8 +22,7 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
 def share_cores() -> None:
     """Let OpenMP's threads sleep while they wait. To be called before torch is imported.
 
-    By default they spin; on a CPU whose cores are shared with another busy program, one training step of the quickstart
-    then takes 30 times as long.
+    By default they spin, which stalls a CPU whose cores are shared with another busy program.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -50,10 +49,14 @@ def relaunch_on_cpu(module: str, arguments: Sequence[str]) -> None:
         os.execv(sys.executable, [sys.executable, *launcher, "-m", module, *arguments])
 
 
+def told_to_use_cpu(environment: Mapping[str, str]) -> bool:
+    """Whether accelerate's launcher or the user asked for the CPU."""
+    return environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
+
+
 def asked_for_several(environment: Mapping[str, str]) -> bool:
     """Whether the launcher meant several CPU processes and started one."""
-    on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true")
-    return on_cpu and "MASTER_ADDR" in environment and not any(rank in environment for rank in _RANKS)
+    return told_to_use_cpu(environment) and "MASTER_ADDR" in environment and not any(rank in environment for rank in _RANKS)
 
 
 def processes_of(command: Sequence[str]) -> int:

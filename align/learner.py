@@ -29,6 +29,7 @@ from align.build import PromptSets
 from align.checkpoint import STATE_FILE, RunState, checkpoint_name, prune, read_state, write_state
 from align.config import Config
 from align.evaluate import evaluate, summarize
+from align.launch import told_to_use_cpu
 from align.missing import MissingRewardError
 from align.plan import Plan, Schedule
 from align.runlog import RunFiles
@@ -298,7 +299,7 @@ def trl_config(config: Config, plan: Plan, checkpoints: Path, evaluate_first: bo
     Raises:
         ValueError: TRL refuses the combination.
     """
-    told = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") or config.trl.get("use_cpu", False)
+    told = told_to_use_cpu(os.environ) or config.trl.get("use_cpu", False)
     cpu = told or not torch.accelerator.is_available()
     if plan.processes == 1 and not cpu and torch.cuda.device_count() > 1:
         raise ValueError(

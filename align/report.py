@@ -52,7 +52,6 @@ class RunData:
     """What a run folder holds, as far as the report needs it."""
 
     folder: Path
-    name: str
     config: Config
     objectives: Sequence[Objective]
     metrics: Sequence[Row]
@@ -60,6 +59,11 @@ class RunData:
     archive: Archive
     training: Samples
     held_out: Samples
+
+    @property
+    def name(self) -> str:
+        """The folder's own name, the title of the page."""
+        return self.folder.resolve().name
 
     @property
     def steps_done(self) -> int:
@@ -97,7 +101,6 @@ def _read_run(folder: Path) -> RunData:
     objectives = objectives_of(config)
     return RunData(
         folder=folder,
-        name=folder.resolve().name,
         config=config,
         objectives=objectives,
         metrics=_read_lines(folder / "metrics.jsonl"),

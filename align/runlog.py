@@ -6,7 +6,6 @@ of the same seed leave equal metrics, byte for byte.
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from align.files import replace_text
+from align.files import replace_text, replacing
 from rewards.types import RewardMatrix
 from rollout.types import SampleGroup
 
@@ -167,9 +166,8 @@ def _table(rows: Sequence[Mapping[str, Any]], objectives: Sequence[str]) -> pa.T
 
 
 def _write(path: Path, table: pa.Table) -> None:
-    temporary = path.with_suffix(".partial")
-    pq.write_table(table.combine_chunks(), temporary)  # the same bytes however many batches it came in
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        pq.write_table(table.combine_chunks(), temporary)  # the same bytes however many batches it came in
 
 
 class RunFiles:

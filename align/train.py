@@ -23,15 +23,14 @@ from align.build import PromptSets, build_bus, check_shares, load_prompts, load_
 from align.checkpoint import read_state
 from align.files import replace_text
 from align.guard import check_imports
-from align.launch import add_train_arguments, quiet, relaunch_on_cpu, share_cores
+from align.launch import add_train_arguments, quiet, relaunch_on_cpu, share_cores, told_to_use_cpu
 from align.plan import Plan, Schedule, make_plan
 from align.runfolder import Run, is_main, open_run, processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
-    from trl import GRPOConfig
 
-    from align.learner import Learner
+    from align.learner import GRPOConfig, Learner
     from rewards.bus import RewardBus
 
 VERSIONS = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy", "moocore")
@@ -221,7 +220,7 @@ def _finish(run: Run, learner: "Learner") -> None:
 
 
 def _resume_command(run: Run) -> str:
-    cpu = "--cpu " if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true") else ""
+    cpu = "--cpu " if told_to_use_cpu(os.environ) else ""
     several = f"accelerate launch {cpu}--num_processes {processes()} -m align.train"
     command = "paretune" if shutil.which("paretune") else os.path.relpath(Path(sys.executable).with_name("paretune"))
     launcher = f"{command} train" if processes() == 1 else several

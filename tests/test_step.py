@@ -39,6 +39,15 @@ def step(rules, raw, errors=None, signals=None):
     return take_step(rules, rules.scheme.init(rules.objectives), matrix, 0, signals or {})
 
 
+class Halves:
+    """The start of a scheme of two objectives, for tests that need only its update."""
+
+    needs = frozenset()
+
+    def init(self, objectives):
+        return WeightState((0.5, 0.5), 1.0, {})
+
+
 def test_raw_values_are_scaled_and_turned_by_hand():
     # up: 10 -> 1, 0 -> 0; down: .25 -> .75, .75 -> .25; sums .5 * 1 + .5 * .75 = .875 and .125; rloo: +-.75
     result = step(rules(objectives()), [[10, 0.25], [0, 0.75]])
@@ -46,12 +55,7 @@ def test_raw_values_are_scaled_and_turned_by_hand():
 
 
 def test_step_scale_multiplies_after_normalisation():
-    class Doubling:
-        needs = frozenset()
-
-        def init(self, objectives):
-            return WeightState((0.5, 0.5), 1.0, {})
-
+    class Doubling(Halves):
         def update(self, state, observation):
             return WeightState(state.weights_K, 2.0, {"count": 3, "trend": [0.1, 0.2], "history": [1, 2, 3]})
 
@@ -67,11 +71,8 @@ def test_step_scale_multiplies_after_normalisation():
 
 
 def test_a_scheme_sees_only_what_it_needs():
-    class Curious:
+    class Curious(Halves):
         needs = frozenset({Signal.VALIDATION})
-
-        def init(self, objectives):
-            return WeightState((0.5, 0.5), 1.0, {})
 
         def update(self, state, observation):
             assert set(observation.signals) == {Signal.VALIDATION}
@@ -139,12 +140,7 @@ def test_nothing_missing_is_nothing_copied():
 
 
 def test_a_scheme_sees_what_was_measured_and_not_what_was_filled_in():
-    class Watching:
-        needs = frozenset()
-
-        def init(self, objectives):
-            return WeightState((0.5, 0.5), 1.0, {})
-
+    class Watching(Halves):
         def update(self, state, observation):
             assert np.isnan(observation.rewards_PGK[0, 1, 0])
             assert observation.rewards_PGK[0, 0, 0] == 1
