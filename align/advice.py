@@ -1,7 +1,7 @@
 """Choices that are allowed but do not do what they seem to: sentences for `paretune check` and the start of a run."""
 
 from align.build import PromptSets
-from align.config import Config
+from align.config import Config, shares
 
 
 def advise(config: Config) -> list[str]:
@@ -24,8 +24,8 @@ def advise(config: Config) -> list[str]:
         )
     if combination.type == "normalize_then_sum" and estimator.type == "reinforce" and not estimator.whiten:
         warnings.append("combination normalize_then_sum whitens in any case, so estimator.whiten=false has no effect")
-    for name in config.objectives:
-        if not weighting.weights.get(name) and weighting.type == "fixed":
+    for name, share in shares(config).items():
+        if not share and weighting.type != "schedule":
             warnings.append(f"objective {name!r} has weight 0: it is watched, not trained on")
     if config.evaluation.every > config.steps:
         warnings.append(f"evaluation.every={config.evaluation.every} is more than steps={config.steps}: only the first "

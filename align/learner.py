@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import gather, gather_object
 from datasets import Dataset
 from peft import LoraConfig as PeftLoraConfig
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers import ProgressCallback as TrainerProgress
 from trl import GRPOConfig, GRPOTrainer
@@ -29,7 +30,6 @@ from align.build import PromptSets
 from align.checkpoint import STATE_FILE, RunState, checkpoint_name, prune, read_state, write_state
 from align.config import Config
 from align.evaluate import evaluate, summarize
-from align.launch import told_to_use_cpu
 from align.missing import MissingRewardError
 from align.plan import Plan, Schedule
 from align.runlog import RunFiles
@@ -81,7 +81,7 @@ class Learner(GRPOTrainer):
 
     Args:
         parts: What it is made of.
-        args: TRL's options, see `trl_config`.
+        args: TRL's options, see `align.learner_args`.
         make_sampler: Builds the sampler around this learner.
         callbacks: Of transformers' Trainer.
     """
@@ -124,10 +124,11 @@ class Learner(GRPOTrainer):
         step, tokens_seen = self.state.global_step, self.state.num_input_tokens_seen
         output = super()._generate_and_score_completions(inputs)
         try:
-            result = take_step(self.parts.rules, self.weight_state, self._gathered, step, self._signals())
+            result = take_step(self.parts.rules, self.weight_state, self._gathered, step, self._signals(output))
         except MissingRewardError:
             self.state.num_input_tokens_seen = tokens_seen  # the batch will be sampled again
             raise
+        self._tell_remarks(result.state)
         self.weight_state = result.state
         self._check_agreement(step)
         local = slice(len(inputs) * self.accelerator.process_index, len(inputs) * (self.accelerator.process_index + 1))
@@ -260,12 +261,33 @@ class Learner(GRPOTrainer):
     def _named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((name, parameter.detach()) for name, parameter in self.model.named_parameters())
 
-    def _signals(self) -> Mapping[Signal, np.ndarray]:
-        """What the scheme needs, and nothing else."""
+    def _signals(self, output: Mapping[str, Any]) -> Mapping[Signal, np.ndarray]:
+        """What the scheme needs and can be had by now, and nothing else; `output` is the batch as TRL made it."""
+        needs = self.parts.rules.scheme.needs
         signals = {}
-        if Signal.VALIDATION in self.parts.rules.scheme.needs:
-            signals[Signal.VALIDATION] = self.parts.archive.usable()[-1].vector_K(self.parts.rules.objectives)
+        if Signal.VALIDATION in needs and self.parts.archive.usable():
+            signals[Signal.VALIDATION] = self.parts.archive.vectors_MK()
+        if Signal.KL in needs:
+            signals[Signal.KL] = self._log_ratios(output).reshape(-1, self.parts.rules.group_size)
         return signals
+
+    def _log_ratios(self, batch: Mapping[str, Any]) -> np.ndarray:
+        """log pi(y) / pi_ref(y) of every sample of all processes (N,), summed over its tokens, nats."""
+        tokens = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
+        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        with torch.no_grad():
+            log_probs, *_ = self._get_per_token_logps_and_entropies(
+                self.model, tokens, mask, batch["completion_ids"].size(1), batch_size=self.args.per_device_train_batch_size
+            )
+        ratios = ((log_probs - batch["ref_per_token_logps"]) * batch["completion_mask"]).sum(dim=1)
+        return gather(ratios).double().cpu().numpy()
+
+    def _tell_remarks(self, state: WeightState) -> None:
+        """Print what the scheme says for the first time."""
+        if self.accelerator.is_main_process:
+            for remark in state.remarks:
+                if remark not in self.weight_state.remarks:
+                    tqdm.write(f"step {self.state.global_step:>5}  weighting: {remark}")
 
     def _check_agreement(self, step: int) -> None:
         """Stop when processes have reached different weights: from then on they would train different policies."""
@@ -291,48 +313,6 @@ class Learner(GRPOTrainer):
 
     def _batch_file(self) -> str:
         return f"batch_{self.accelerator.process_index}.pt"
-
-
-def trl_config(config: Config, plan: Plan, checkpoints: Path, evaluate_first: bool) -> GRPOConfig:
-    """The GRPOConfig of a run: the user's `trl:` table, and what our own keys decide.
-
-    Raises:
-        ValueError: TRL refuses the combination.
-    """
-    told = told_to_use_cpu(os.environ) or config.trl.get("use_cpu", False)
-    cpu = told or not torch.accelerator.is_available()
-    if plan.processes == 1 and not cpu and torch.cuda.device_count() > 1:
-        raise ValueError(
-            f"one process and {torch.cuda.device_count()} visible GPUs: train on all by `accelerate launch --multi_gpu "
-            f"--num_processes {torch.cuda.device_count()} -m align.train ...`, or on one by CUDA_VISIBLE_DEVICES=0"
-        )
-    defaults = {
-        "use_cpu": cpu,
-        "bf16": not cpu and not config.trl.get("fp16") and torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-        "dataloader_pin_memory": not cpu,
-        "ddp_find_unused_parameters": False,  # a causal language model uses all
-        "report_to": "none",
-    }
-    owned = {
-        "output_dir": str(checkpoints),
-        "seed": config.seed,
-        "max_steps": config.steps,
-        "model_init_kwargs": {"dtype": config.policy.dtype, "revision": config.policy.revision},
-        "trust_remote_code": config.policy.trust_remote_code,
-        "shuffle_dataset": False,  # the data set is in its order already
-        "num_generations": config.rollout.samples_per_prompt,
-        "max_completion_length": config.rollout.max_tokens,
-        "temperature": config.rollout.temperature,
-        "per_device_train_batch_size": plan.micro_batch_size,
-        "gradient_accumulation_steps": plan.accumulation,
-        "steps_per_generation": plan.passes_per_batch,
-        "num_iterations": config.learner.iterations_per_batch,
-        "scale_rewards": "none",
-        "logging_steps": 1,
-        "save_strategy": "no",  # evaluation and checkpoints follow our own schedule
-        "eval_on_start": evaluate_first,
-    }
-    return GRPOConfig(**(defaults | dict(config.trl) | owned))
 
 
 def _peft_config(config: Config) -> PeftLoraConfig | None:

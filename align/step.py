@@ -52,7 +52,7 @@ def take_step(
         state: State of the scheme after the previous batch.
         matrix: Rewards of the whole batch, all processes together; N = P * G rows, group by group.
         step: Optimiser steps taken so far.
-        signals: At least what the scheme needs.
+        signals: What the scheme needs, as far as there is any yet (`ADVANTAGES` is made here).
 
     Raises:
         MissingRewardError: A value is missing whose policy is `fail`.
@@ -62,17 +62,34 @@ def take_step(
     missing_PGK = np.isnan(rewards_PGK)
     rewards_PGK = apply_missing(rewards_PGK, rules.objectives)
     seen_PGK = np.where(missing_PGK, np.nan, rewards_PGK)  # a scheme sees what was measured, not what is filled in
-    observation = Observation(step, seen_PGK, {need: signals[need] for need in rules.scheme.needs})
+    streams_PGK = _with_kl(rewards_PGK, signals)
+    if Signal.ADVANTAGES in rules.scheme.needs:
+        signals = {**signals, Signal.ADVANTAGES: _advantages(rules, streams_PGK, state)}
+    observation = Observation(step, seen_PGK, {need: signals[need] for need in rules.scheme.needs if need in signals})
     state = rules.scheme.update(state, observation)
 
+    advantages_PG = _advantages(rules, streams_PGK, state)
     constant_PK = _constant(rewards_PGK)
-    silent_P = constant_PK[:, np.array(state.weights_K) != 0].all(axis=1)
-    advantages_PG = combine(rewards_PGK, np.array(state.weights_K), rules.estimator, rules.combination)
+    silent_P = constant_PK[:, np.array(state.weights_K) != 0].all(axis=1) & (state.kl_weight == 0)
     if rules.estimator.type != "reinforce":  # against its own mean, a group without differences says nothing
         advantages_PG[silent_P] = 0.0
     advantages_PG *= state.step_scale
 
     return StepResult(advantages_PG, state, _metrics(rules.objectives, matrix, state, constant_PK, silent_P))
+
+
+def _with_kl(rewards_PGK: np.ndarray, signals: Mapping[Signal, np.ndarray]) -> np.ndarray:
+    """The objectives and, where the log-ratio to the reference policy is known, minus it as one more stream."""
+    if Signal.KL not in signals:
+        return rewards_PGK
+    left_out_PG = np.isnan(rewards_PGK).any(axis=2)
+    closeness_PG = np.where(left_out_PG, np.nan, -signals[Signal.KL])
+    return np.concatenate([rewards_PGK, closeness_PG[:, :, None]], axis=2)
+
+
+def _advantages(rules: StepRules, streams_PGK: np.ndarray, state: WeightState) -> np.ndarray:
+    weights = np.array([*state.weights_K, state.kl_weight])[: streams_PGK.shape[2]]
+    return combine(streams_PGK, weights, rules.estimator, rules.combination)
 
 
 def _constant(rewards_PGK: np.ndarray) -> np.ndarray:
@@ -93,9 +110,11 @@ def _metrics(
         metrics[f"objectives/{objective.name}/std"] = float(np.ma.filled(raw_NK[:, k].std(ddof=1), np.nan))
         metrics[f"objectives/{objective.name}/missing"] = float(matrix.missing_NK[:, k].mean())
         metrics[f"objectives/{objective.name}/constant_groups"] = float(constant_PK[:, k].mean())
+    if state.kl_weight:
+        metrics["weights/kl"] = state.kl_weight
     for name, value in state.memory.items():
         if isinstance(value, (int, float)):
             metrics[f"weighting/{name}"] = float(value)
-        elif isinstance(value, list) and len(value) == len(objectives) and all(isinstance(v, (int, float)) for v in value):
-            metrics |= {f"weighting/{name}/{o.name}": float(v) for o, v in zip(objectives, value, strict=True)}
+        elif isinstance(value, dict) and all(isinstance(v, (int, float)) for v in value.values()):
+            metrics |= {f"weighting/{name}/{key}": float(v) for key, v in value.items()}
     return metrics

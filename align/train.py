@@ -21,6 +21,7 @@ from align import __version__
 from align.advice import advise, advise_on_prompts
 from align.build import PromptSets, build_bus, check_shares, load_prompts, load_tokenizer, locate_policy, objectives_of
 from align.checkpoint import read_state
+from align.config import shares
 from align.files import replace_text
 from align.guard import check_imports
 from align.launch import add_train_arguments, quiet, relaunch_on_cpu, share_cores, told_to_use_cpu
@@ -89,10 +90,12 @@ def build(run: Run) -> Built:
     prompts = load_prompts(config, tokenizer, context)
     check_shares(prompts, plan.processes)
     bus = build_bus(config, prompts.columns)
-    from align.learner import trl_config  # imports TRL: seconds, so after what is quick to refuse
+    from align.learner import GRPOConfig  # imports TRL: seconds, so after what is quick to refuse
+    from align.learner_args import trl_arguments
 
     evaluate_first = bool(config.evaluation.every) and not run.checkpoint
-    return Built(model, tokenizer, prompts, bus, plan, trl_config(config, plan, run.folder / "checkpoints", evaluate_first))
+    arguments = trl_arguments(config, plan, run.folder / "checkpoints", evaluate_first)
+    return Built(model, tokenizer, prompts, bus, plan, GRPOConfig(**arguments))
 
 
 def build_learner(run: Run, built: Built, schedule: Schedule, callbacks: Sequence["TrainerCallback"]) -> "Learner":
@@ -191,7 +194,7 @@ def _write_folder(run: Run) -> None:
 
 def _summary(run: Run, built: Built) -> str:
     config, plan = run.config, built.plan
-    weights = "  ".join(f"{name} {weight:g}" for name, weight in config.weighting.weights.items())
+    weights = "  ".join(f"{name} {weight:g}" for name, weight in shares(config).items())
     lines = [
         f"run        {run.folder}" + (f" (from {run.checkpoint or 'the start'})" if run.resumed else ""),
         f"policy     {config.policy.model}",

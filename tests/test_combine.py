@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from align.combine import combine
-from align.config import GrpoEstimator, NormalizeThenSum, ReinforceEstimator, RlooEstimator, SumThenNormalize
+from align.config.advantages import GrpoEstimator, NormalizeThenSum, ReinforceEstimator, RlooEstimator, SumThenNormalize
 
 GRPO, RLOO = GrpoEstimator(type="grpo"), RlooEstimator(type="rloo")
 REINFORCE = ReinforceEstimator(type="reinforce")

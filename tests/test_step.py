@@ -3,14 +3,8 @@
 import numpy as np
 import pytest
 
-from align.config import (
-    FixedWeighting,
-    GrpoEstimator,
-    ReinforceEstimator,
-    RlooEstimator,
-    ScheduleWeighting,
-    SumThenNormalize,
-)
+from align.config.advantages import GrpoEstimator, ReinforceEstimator, RlooEstimator, SumThenNormalize
+from align.config.weighting import FixedWeighting, ScheduleWeighting
 from align.missing import MissingRewardError, apply_missing
 from align.step import StepRules, take_step
 from align.weighting import Signal, WeightState, build_scheme

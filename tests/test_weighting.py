@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from align.config import FixedWeighting, ScheduleWeighting
+from align.config.weighting import FixedWeighting, ScheduleWeighting
 from align.weighting import SCHEMES, Observation, WeightState, build_scheme
 from rewards.types import Missing, Objective
 

@@ -4,18 +4,12 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from typing import Any, Protocol
 
 import numpy as np
 
+from align.config.weighting import Signal
 from rewards.types import Objective
-
-
-class Signal(StrEnum):
-    """What a scheme may ask for besides the rewards of the batch; the loop pays only for what is asked."""
-
-    VALIDATION = "validation"  # (K,) newest held-out vector, scaled to [0, 1], larger is better
 
 
 @dataclass(frozen=True)
@@ -25,7 +19,7 @@ class Observation:
     Args:
         step: Optimiser steps taken so far.
         rewards_PGK: Rewards of the batch, scaled to [0, 1], larger is better; NaN where missing or left out.
-        signals: Exactly what the scheme `needs`.
+        signals: What the scheme `needs`, as far as it can be had yet: a signal is absent until there is one.
     """
 
     step: int
@@ -41,12 +35,16 @@ class WeightState:
         weights_K: Weight of each objective.
         step_scale: Factor on the advantages after normalisation (a common factor on rewards would cancel in it).
         memory: The scheme's own numbers, by name; JSON types only, so that saving and replaying are free. Numbers,
-            and lists of K numbers, are logged.
+            and tables of numbers by objective, are logged.
+        kl_weight: Weight of minus the log-ratio to the reference policy, beside those of the objectives.
+        remarks: Sentences for the user; each is shown once.
     """
 
     weights_K: tuple[float, ...]
     step_scale: float
     memory: Mapping[str, Any]
+    kl_weight: float = 0.0
+    remarks: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types; floats survive the round trip bit for bit."""
@@ -55,7 +53,7 @@ class WeightState:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "WeightState":
         """The state that `to_json` wrote."""
-        return cls(tuple(data["weights_K"]), data["step_scale"], data["memory"])
+        return cls(**data | {"weights_K": tuple(data["weights_K"]), "remarks": tuple(data["remarks"])})
 
     def digest(self) -> int:
         """63-bit hash; equal on every process that reached the same state."""
@@ -66,7 +64,14 @@ class WeightState:
 class Scheme(Protocol):
     """A weighting scheme: pure functions of its configuration."""
 
-    needs: frozenset[Signal]
+    @property
+    def needs(self) -> frozenset[Signal]:
+        """What it looks at besides the rewards of the batch."""
+        ...
+
+    def due(self, step: int) -> bool:
+        """Whether the update of the batch at `step` will look at the signals."""
+        ...
 
     def init(self, objectives: Sequence[Objective]) -> WeightState:
         """The state before the first step."""
@@ -78,6 +83,7 @@ class Scheme(Protocol):
 
 
 def shares(weights: Mapping[str, float], objectives: Sequence[Objective]) -> tuple[float, ...]:
-    """Weights by name -> a point of the simplex, in the order of the objectives: w_k / sum_l w_l."""
+    """Weights by name -> a point of the simplex, in the order of the objectives: w_k / sum_l w_l; equal without any."""
+    weights = weights or {objective.name: 1.0 for objective in objectives}
     total = sum(weights.values())
     return tuple(weights[objective.name] / total for objective in objectives)

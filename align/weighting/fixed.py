@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
-from align.config import FixedWeighting
+from align.config.weighting import FixedWeighting
 from align.weighting.base import Observation, Signal, WeightState, shares
 from rewards.types import Objective
 
@@ -14,7 +13,15 @@ class Fixed:
     """Linear scalarisation with constant weights w on the simplex."""
 
     config: FixedWeighting
-    needs: ClassVar[frozenset[Signal]] = frozenset()
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        """Nothing."""
+        return self.config.needs
+
+    def due(self, step: int) -> bool:
+        """Never: no signal is looked at."""
+        return False
 
     def init(self, objectives: Sequence[Objective]) -> WeightState:
         """The configured weights, divided by their sum."""

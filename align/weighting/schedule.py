@@ -3,9 +3,8 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
-from align.config import ScheduleWeighting
+from align.config.weighting import ScheduleWeighting
 from align.weighting.base import Observation, Signal, WeightState, shares
 from rewards.types import Objective
 
@@ -19,7 +18,15 @@ class Scheduled:
     """
 
     config: ScheduleWeighting
-    needs: ClassVar[frozenset[Signal]] = frozenset()
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        """Nothing."""
+        return self.config.needs
+
+    def due(self, step: int) -> bool:
+        """Never: no signal is looked at."""
+        return False
 
     def init(self, objectives: Sequence[Objective]) -> WeightState:
         """Every milestone as a point of the simplex, and the weights of step 0."""

@@ -1,45 +1,16 @@
-"""The configuration: every model, its defaults, and the rules that tie keys together. Imports no torch."""
+"""A run, complete: every section of it, and what a resumed run may change."""
 
 import hashlib
 import json
-import math
-from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, FiniteFloat, PositiveInt, model_validator
 
+from align.config.advantages import CombinationConfig, EstimatorConfig, GrpoEstimator, SumThenNormalize
+from align.config.base import Name, Section
+from align.config.rules import contradictions
+from align.config.weighting import WeightingConfig
 from align.trl_options import check_trl_options
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
-Weights = dict[Name, FiniteFloat]
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, data: Any) -> Any:
-        unknown = [key for key in data if key not in cls.model_fields] if isinstance(data, dict) else []
-        if unknown:
-            raise ValueError("\n".join(unknown_name("key", key, cls.model_fields) for key in unknown))
-        return data
-
-
-def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
-    """Sentence about a name that does not exist, with the nearest one that does."""
-    near = get_close_matches(str(name), list(known), 1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}"
-    return f"unknown {what} {name!r}; {hint}"
-
-
-def _as_section(value: Any) -> Any:
-    """Lets `estimator: grpo` stand for `estimator: {type: grpo}`."""
-    return {"type": value} if isinstance(value, str) else value
-
 
 # --- the policy -------------------------------------------------------------------------------------------------------
 
@@ -176,91 +147,6 @@ class ObjectiveConfig(Section):
         return self
 
 
-class FixedWeighting(Section):
-    """The same weights from the first step to the last."""
-
-    type: Literal["fixed"]
-    weights: Weights
-    """Share of each objective; divided by their sum. 0 watches an objective without training on it."""
-
-
-class Milestone(Section):
-    """Weights that hold at a given step."""
-
-    step: PositiveInt
-    weights: Weights
-
-
-class ScheduleWeighting(Section):
-    """Weights that move on straight lines from milestone to milestone."""
-
-    type: Literal["schedule"]
-    weights: Weights
-    """Weights at step 0."""
-    milestones: tuple[Milestone, ...] = ()
-    """Later weights, in order of step; the last ones hold to the end."""
-
-    @model_validator(mode="after")
-    def _milestones_in_order(self) -> "ScheduleWeighting":
-        steps = [milestone.step for milestone in self.milestones]
-        if steps != sorted(set(steps)):
-            raise ValueError(f"milestones must come in order of step, each step once; got steps {steps}")
-        return self
-
-
-WeightingConfig = Annotated[FixedWeighting | ScheduleWeighting, Field(discriminator="type")]
-
-
-class GrpoEstimator(Section):
-    """Advantage against the group's mean (GRPO)."""
-
-    type: Literal["grpo"]
-    scale: Literal["group", "batch", "none"] = "group"
-    """Divide by the standard deviation of the group, of the batch, or not at all (Dr. GRPO)."""
-
-
-class RlooEstimator(Section):
-    """Advantage against the mean of the other samples of the group (RLOO)."""
-
-    type: Literal["rloo"]
-
-
-class ReinforceEstimator(Section):
-    """Advantage against the mean of the batch (REINFORCE)."""
-
-    type: Literal["reinforce"]
-    whiten: bool = True
-    """Divide by the standard deviation of the batch (REINFORCE++)."""
-
-
-_Estimators = GrpoEstimator | RlooEstimator | ReinforceEstimator
-EstimatorConfig = Annotated[
-    _Estimators,
-    Field(discriminator="type"),
-    BeforeValidator(_as_section, json_schema_input_type=Literal["grpo", "rloo", "reinforce"] | _Estimators),
-]
-
-
-class SumThenNormalize(Section):
-    """Weighted sum of the objectives, then the estimator."""
-
-    type: Literal["sum_then_normalize"]
-
-
-class NormalizeThenSum(Section):
-    """Each objective standardised on its own, then the weighted sum, whitened over the batch (GDPO)."""
-
-    type: Literal["normalize_then_sum"]
-
-
-_Combinations = SumThenNormalize | NormalizeThenSum
-CombinationConfig = Annotated[
-    _Combinations,
-    Field(discriminator="type"),
-    BeforeValidator(_as_section, json_schema_input_type=Literal["sum_then_normalize", "normalize_then_sum"] | _Combinations),
-]
-
-
 # --- learner, evaluation, checkpoints ---------------------------------------------------------------------------------
 
 
@@ -320,21 +206,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _keys_agree(self) -> "Config":
-        names = list(self.objectives)
-        problems = [
-            *_weight_problems(self.weighting, names),
-            *_unknown("evaluation.reference", self.evaluation.reference, names),
-        ]
-        if self.evaluation.every and self.prompts.evaluation is None:
-            problems.append("prompts.evaluation is missing: name held-out prompts, or set evaluation.every to 0")
-        if self.prompts.system and not self.prompts.chat:
-            problems.append("prompts.system needs a chat template: set prompts.chat to true, or remove it")
-        for name, value in self.evaluation.reference.items():
-            if name in self.objectives and not _leaves_room(value, self.objectives[name]):
-                problems.append(
-                    f"evaluation.reference.{name}: {value} leaves nothing above it within the bounds "
-                    f"{list(self.objectives[name].bounds)}: choose a value at or near the worst one"
-                )
+        problems = contradictions(self)
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -352,27 +224,3 @@ class Config(Section):
         data = self.model_dump(mode="json", exclude={"output", "steps"}, exclude_defaults=exclude_defaults)
         data["objectives"] = {name: o | {"missing": None} for name, o in data["objectives"].items()}
         return data
-
-
-def _weight_problems(weighting: FixedWeighting | ScheduleWeighting, names: list[str]) -> list[str]:
-    tables = {"weighting.weights": weighting.weights}
-    if isinstance(weighting, ScheduleWeighting):
-        tables |= {f"weighting.milestones[{i}].weights": m.weights for i, m in enumerate(weighting.milestones)}
-    problems = []
-    for key, weights in tables.items():
-        problems += _unknown(key, weights, names)
-        problems += [f"{key} gives no weight for {n!r}: add it (0 only watches it)" for n in names if n not in weights]
-        problems += [f"{key}.{n}: {w} is negative; weights are shares, 0 or more" for n, w in weights.items() if w < 0]
-        if weights and math.fsum(map(abs, weights.values())) == 0:
-            problems.append(f"{key}: all weights are 0, so nothing would be trained; give at least one objective a share")
-    return problems
-
-
-def _unknown(key: str, table: dict[str, float], names: list[str]) -> list[str]:
-    return [f"{key}: {unknown_name('objective', name, names)}" for name in table if name not in names]
-
-
-def _leaves_room(reference: float, objective: ObjectiveConfig) -> bool:
-    """Whether a reference value lies within the bounds and is not the best one."""
-    low, high = objective.bounds
-    return low <= reference < high if objective.direction == "maximize" else low < reference <= high

@@ -1,0 +1,9 @@
+"""The configuration: every model, its defaults, and the rules that tie keys together. Imports no torch."""
+
+from align.config.advantages import CombinationConfig, EstimatorConfig
+from align.config.base import Section
+from align.config.rules import shares
+from align.config.run import AnySource, Config
+from align.config.weighting import Signal, WeightingConfig
+
+__all__ = ["AnySource", "CombinationConfig", "Config", "EstimatorConfig", "Section", "Signal", "WeightingConfig", "shares"]

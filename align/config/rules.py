@@ -1,0 +1,114 @@
+"""Rules that tie keys of the configuration together: what contradicts itself, as sentences for the user."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from align.config.base import unknown_name
+from align.config.weighting import Adaptive, FixedWeighting, ScheduleWeighting, Signal
+
+if TYPE_CHECKING:
+    from align.config.run import Config, ObjectiveConfig
+
+
+def contradictions(config: "Config") -> list[str]:
+    """Everything that cannot be run as it stands; each sentence names the key, the value and the way out."""
+    problems = [
+        *_weights(config),
+        *_scheme(config),
+        *_reference("evaluation.reference", config.evaluation.reference, config.objectives),
+    ]
+    if config.evaluation.every and config.prompts.evaluation is None:
+        problems.append("prompts.evaluation is missing: name held-out prompts, or set evaluation.every to 0")
+    if config.prompts.system and not config.prompts.chat:
+        problems.append("prompts.system needs a chat template: set prompts.chat to true, or remove it")
+    return problems
+
+
+def shares(config: "Config") -> dict[str, float]:
+    """The user's share of each objective: `weighting.weights`, or equal ones where the scheme lets them be left out."""
+    return dict(config.weighting.weights) or dict.fromkeys(config.objectives, 1.0)
+
+
+def _weights(config: "Config") -> list[str]:
+    weighting, names = config.weighting, list(config.objectives)
+    required = isinstance(weighting, FixedWeighting | ScheduleWeighting)
+    tables = {"weighting.weights": weighting.weights} if required or weighting.weights else {}
+    if isinstance(weighting, ScheduleWeighting):
+        tables |= {f"weighting.milestones[{i}].weights": m.weights for i, m in enumerate(weighting.milestones)}
+    problems = []
+    for key, weights in tables.items():
+        problems += _unknown(key, weights, names)
+        problems += [f"{key} gives no weight for {n!r}: add it (0 only watches it)" for n in names if n not in weights]
+        problems += [f"{key}.{n}: {w} is negative; weights are shares, 0 or more" for n, w in weights.items() if w < 0]
+        if weights and math.fsum(map(abs, weights.values())) == 0:
+            problems.append(f"{key}: all weights are 0, so nothing would be trained; give at least one objective a share")
+    return problems
+
+
+def _scheme(config: "Config") -> list[str]:
+    """What the weighting scheme asks of the rest."""
+    weighting, problems = config.weighting, []
+    shared = [name for name, share in shares(config).items() if share > 0]
+    if Signal.VALIDATION in weighting.needs and not config.evaluation.every:
+        problems.append(
+            f"weighting.type={weighting.type} follows held-out vectors, but evaluation.every is 0: give a number of steps"
+            + (", or take weighting.vector=batches" if weighting.type == "hypervolume_gradient" else "")
+        )
+    if isinstance(weighting, Adaptive):
+        if len(shared) < 2:
+            problems.append(
+                f"weighting.type={weighting.type} moves weight between objectives, but only {shared} has a share: give a "
+                "second one a share in weighting.weights, or take weighting.type=fixed"
+            )
+        if weighting.floor * len(shared) > 1:
+            problems.append(f"weighting.floor={weighting.floor} times {len(shared)} objectives is more than 1: lower it")
+        if weighting.ceiling * len(shared) < 1:
+            problems.append(f"weighting.ceiling={weighting.ceiling} times {len(shared)} objectives is less than 1: raise it")
+    if weighting.type in ("hypervolume", "hypervolume_gradient") and weighting.reference != "initial":
+        problems += _reference("weighting.reference", weighting.reference, config.objectives)
+    if weighting.type == "covariance":
+        for key in ("target", "cap"):
+            if isinstance(table := getattr(weighting, key), dict):
+                problems += _unknown(f"weighting.{key}", table, config.objectives)
+                problems += [f"weighting.{key} has no number for {n!r}: add it" for n in shared if n not in table]
+    if weighting.type in ("gradient", "mgda"):
+        problems += _probe(config)
+    return problems
+
+
+def _probe(config: "Config") -> list[str]:
+    """Whether the gradients that a scheme wants can be had as it says."""
+    probe, problems = config.weighting.probe, []
+    if probe.features == "norms" and config.policy.lora is not None:
+        problems.append("weighting.probe.features=norms: under policy.lora normalisation layers are frozen; take sketch")
+    if probe.backward == "ordinary":
+        if probe.features == "exact":
+            problems.append("weighting.probe.backward=ordinary: exact needs backward passes of its own; take extra or auto")
+        if config.trl.get("beta"):
+            problems.append(
+                f"weighting.probe.backward=ordinary: with trl.beta={config.trl['beta']} the ordinary backward holds the "
+                "gradient of the KL penalty too; take extra or auto"
+            )
+    return problems
+
+
+def _reference(key: str, reference: Mapping[str, float], objectives: "Mapping[str, ObjectiveConfig]") -> list[str]:
+    problems = _unknown(key, reference, objectives)
+    for name, value in reference.items():
+        if name in objectives and not _leaves_room(value, objectives[name]):
+            problems.append(
+                f"{key}.{name}: {value} leaves nothing above it within the bounds {list(objectives[name].bounds)}: "
+                "choose a value at or near the worst one"
+            )
+    return problems
+
+
+def _unknown(key: str, table: Iterable[str], names: Iterable[str]) -> list[str]:
+    return [f"{key}: {unknown_name('objective', name, names)}" for name in table if name not in names]
+
+
+def _leaves_room(reference: float, objective: "ObjectiveConfig") -> bool:
+    """Whether a reference value lies within the bounds and is not the best one."""
+    low, high = objective.bounds
+    return low <= reference < high if objective.direction == "maximize" else low < reference <= high

@@ -1,0 +1,53 @@
+"""What TRL's GRPOConfig is given: the user's `trl:` table, and what our own keys decide. Imports no TRL."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from align.config import Config, Signal
+from align.launch import told_to_use_cpu
+from align.plan import Plan
+
+KEEP_REFERENCE = 1e-12  # a coefficient so small that it does nothing, but TRL then keeps the reference policy at hand
+
+
+def trl_arguments(config: Config, plan: Plan, checkpoints: Path, evaluate_first: bool) -> dict[str, Any]:
+    """Arguments of GRPOConfig for a run. Raises ValueError when the GPUs are not shared among processes."""
+    told = told_to_use_cpu(os.environ) or config.trl.get("use_cpu", False)
+    cpu = told or not torch.accelerator.is_available()
+    if plan.processes == 1 and not cpu and torch.cuda.device_count() > 1:
+        raise ValueError(
+            f"one process and {torch.cuda.device_count()} visible GPUs: train on all by `accelerate launch --multi_gpu "
+            f"--num_processes {torch.cuda.device_count()} -m align.train ...`, or on one by CUDA_VISIBLE_DEVICES=0"
+        )
+    defaults = {
+        "use_cpu": cpu,
+        "bf16": not cpu and not config.trl.get("fp16") and torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        "dataloader_pin_memory": not cpu,
+        "ddp_find_unused_parameters": False,  # a causal language model uses all
+        "report_to": "none",
+    }
+    owned = {
+        "output_dir": str(checkpoints),
+        "seed": config.seed,
+        "max_steps": config.steps,
+        "model_init_kwargs": {"dtype": config.policy.dtype, "revision": config.policy.revision},
+        "trust_remote_code": config.policy.trust_remote_code,
+        "shuffle_dataset": False,  # the data set is in its order already
+        "num_generations": config.rollout.samples_per_prompt,
+        "max_completion_length": config.rollout.max_tokens,
+        "temperature": config.rollout.temperature,
+        "per_device_train_batch_size": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.accumulation,
+        "steps_per_generation": plan.passes_per_batch,
+        "num_iterations": config.learner.iterations_per_batch,
+        "scale_rewards": "none",
+        "logging_steps": 1,
+        "save_strategy": "no",  # evaluation and checkpoints follow our own schedule
+        "eval_on_start": evaluate_first,
+    }
+    if Signal.KL in config.weighting.needs and not config.trl.get("beta"):
+        owned["beta"] = KEEP_REFERENCE
+    return defaults | dict(config.trl) | owned
