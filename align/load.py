@@ -5,11 +5,11 @@ import re
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from yaml import YAMLError
 
 from align.config import Config
@@ -63,7 +63,35 @@ def _apply(loaded: Any, override: str) -> None:
     """Set one key; a table given whole takes the place of the old one."""
     key = override.partition("=")[0]
     value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
+    if key.endswith(".type"):
+        _switch_type(loaded, key.removesuffix(".type"), value)
     OmegaConf.update(loaded, key, value, merge=False, force_add=True)
+
+
+def _switch_type(loaded: Any, table: str, kind: Any) -> None:
+    """Before `table.type=kind`: keep of the table only the keys that the new kind has too."""
+    current = OmegaConf.select(loaded, table)
+    if isinstance(current, str):  # `estimator: grpo` stands for `estimator: {type: grpo}`
+        OmegaConf.update(loaded, table, {"type": current}, merge=False)
+    elif isinstance(current, DictConfig):
+        fields = [
+            m.model_fields for m in _kinds(Config, table.split(".")) if kind in get_args(m.model_fields["type"].annotation)
+        ]
+        if fields and current.get("type") != kind:
+            for key in [key for key in current if key not in fields[0]]:
+                del current[key]
+
+
+def _kinds(annotation: Any, path: Sequence[str]) -> list[type[BaseModel]]:
+    """Models with a `type` that an annotation allows at a dotted path below it."""
+    if not isinstance(annotation, type):
+        return [kind for option in get_args(annotation) for kind in _kinds(option, path)]
+    if not issubclass(annotation, BaseModel):
+        return []
+    if path:
+        field = annotation.model_fields.get(path[0])
+        return _kinds(field.annotation, path[1:]) if field else []
+    return [annotation] if "type" in annotation.model_fields else []
 
 
 def parse_config(data: Any, source: str) -> Config:
