@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from align.advice import advise
 from align.config import Config
+from align.config.advantages import _Combinations, _Estimators
 from align.load import ConfigError, json_schema, load_config
 from align.plan import Schedule, make_plan
 from align.trl_options import CHOICES, NOT_OFFERED, OWNED, option_types
@@ -79,6 +81,12 @@ BAD = [  # override, what the message must say
     ("--prompts.system=Hello", "prompts.system needs a chat template"),
     ("--prompts.train={type: file}", "prompts.train.path is missing"),
     ("--prompts.train={path: x.jsonl}", "prompts.train.type is missing"),
+    ("--combination=magic", "combination.type: 'magic' does not exist; one of 'sum_then_normalize'"),
+    ("--combination={type: soft_min, kappa: 0}", "combination.kappa: 0 is not valid: input should be greater than 0"),
+    ("--combination={type: soft_min, kappa: .inf}", "combination.kappa: inf is not valid: input should be a finite number"),
+    ("--combination={type: product, margin: 0}", "combination.margin: 0 is not valid: input should be greater than 0"),
+    ("--combination={type: chebyshev, augmentation: -1}", "combination.augmentation: -1 is not valid"),
+    ("--combination={type: dvao, kappa: 1}", "combination: unknown key 'kappa'"),
     ("--trl.learning_rat=1", "trl.learning_rat is not an option of TRL's GRPOConfig; did you mean 'learning_rate'"),
     ("--trl.beta=much", "trl.beta: 'much' is not valid"),
     ("--trl.beta=.inf", "trl.beta: inf is not a finite number"),
@@ -216,10 +224,8 @@ def test_what_may_change_on_resume_leaves_the_fingerprint_alone():
 
 def test_the_schema_allows_the_short_forms():
     properties = json_schema()["properties"]
-    for key, names in (
-        ("estimator", ["grpo", "rloo", "reinforce"]),
-        ("combination", ["sum_then_normalize", "normalize_then_sum"]),
-    ):
+    for key, models in (("estimator", _Estimators), ("combination", _Combinations)):
+        names = [get_args(model.model_fields["type"].annotation)[0] for model in get_args(models)]
         assert {"enum": names, "type": "string"} in properties[key]["anyOf"]
 
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, FiniteFloat
 
 from align.config.base import Section, as_section
 
@@ -49,9 +49,70 @@ class NormalizeThenSum(Section):
     type: Literal["normalize_then_sum"]
 
 
-_Combinations = SumThenNormalize | NormalizeThenSum
+class EstimateThenSum(Section):
+    """The estimator on each objective alone, then the weighted sum: linear in the weights."""
+
+    type: Literal["estimate_then_sum"]
+
+
+class MoGrpo(Section):
+    """Each objective standardised on its own, then the weighted sum, as it is (MO-GRPO)."""
+
+    type: Literal["mo_grpo"]
+
+
+class Dvao(Section):
+    """Each objective standardised on its own, weighted by its spread too (DVAO)."""
+
+    type: Literal["dvao"]
+
+
+class SoftMin(Section):
+    """Each objective standardised on its own, then their soft minimum, whitened over the batch (RVPO)."""
+
+    type: Literal["soft_min"]
+    kappa: FiniteFloat = Field(1.0, gt=0)
+    """How strict: towards 0 the weighted mean of the standardised objectives, the larger the nearer to their minimum."""
+
+
+class Chebyshev(Section):
+    """The weighted distance of a sample to the best bounds, in its worst objective, then the estimator."""
+
+    type: Literal["chebyshev"]
+    augmentation: FiniteFloat = Field(0.05, ge=0)
+    """Share of the weighted sum in it, which tells apart samples that are equal in the worst objective."""
+
+
+class Product(Section):
+    """The product of what a sample has above the batch's worst in every objective, then the estimator (HVO)."""
+
+    type: Literal["product"]
+    margin: FiniteFloat = Field(0.1, gt=0)
+    """Distance of the point that is measured from below the worst of the batch, with objectives scaled to [0, 1]."""
+
+
+class ParetoRank(Section):
+    """How often a sample's group has to be peeled until nothing dominates it, then the estimator."""
+
+    type: Literal["pareto_rank"]
+
+
+_Combinations = (
+    SumThenNormalize | NormalizeThenSum | EstimateThenSum | MoGrpo | Dvao | SoftMin | Chebyshev | Product | ParetoRank
+)
+_CombinationName = Literal[
+    "sum_then_normalize",
+    "normalize_then_sum",
+    "estimate_then_sum",
+    "mo_grpo",
+    "dvao",
+    "soft_min",
+    "chebyshev",
+    "product",
+    "pareto_rank",
+]
 CombinationConfig = Annotated[
     _Combinations,
     Field(discriminator="type"),
-    BeforeValidator(as_section, json_schema_input_type=Literal["sum_then_normalize", "normalize_then_sum"] | _Combinations),
+    BeforeValidator(as_section, json_schema_input_type=_CombinationName | _Combinations),
 ]
