@@ -3,30 +3,76 @@
 from align.build import PromptSets
 from align.config import Config, shares
 
+STANDARDISING = ("normalize_then_sum", "mo_grpo", "dvao", "soft_min")  # combinations that leave the estimator its baseline
+RESCALING = ("normalize_then_sum", "dvao", "soft_min", "product", "pareto_rank")  # blind to a common factor on all weights
+
 
 def advise(config: Config) -> list[str]:
     """Warnings about combinations of keys."""
-    warnings = []
-    weighting, estimator, combination = config.weighting, config.estimator, config.combination
+    return [
+        *_on_weights(config),
+        *_on_estimator(config),
+        *_on_sizes_of_weights(config),
+        *_on_factor_on_rewards(config),
+        *_on_evaluation(config),
+    ]
+
+
+def _on_weights(config: Config) -> list[str]:
+    weighting, warnings = config.weighting, []
     if weighting.type == "schedule" and not weighting.milestones:
         warnings.append("weighting.milestones is empty, so the schedule is the same as fixed weights")
     if weighting.type == "schedule" and any(m.step > config.steps for m in weighting.milestones):
         warnings.append(f"a weighting milestone lies beyond the last step, {config.steps}, and is never reached")
-    if combination.type == "normalize_then_sum" and estimator.type == "grpo" and estimator.scale != "group":
-        warnings.append(
-            f"combination normalize_then_sum standardises every objective itself, so estimator.scale={estimator.scale} "
-            "has no effect"
-        )
-    if combination.type == "normalize_then_sum" and estimator.type == "rloo":
-        warnings.append(
-            "combination normalize_then_sum divides the group's factor G/(G-1) of rloo out again: the advantages are "
-            "those of grpo"
-        )
-    if combination.type == "normalize_then_sum" and estimator.type == "reinforce" and not estimator.whiten:
-        warnings.append("combination normalize_then_sum whitens in any case, so estimator.whiten=false has no effect")
     for name, share in shares(config).items():
         if not share and weighting.type != "schedule":
             warnings.append(f"objective {name!r} has weight 0: it is watched, not trained on")
+    return warnings
+
+
+def _on_estimator(config: Config) -> list[str]:
+    """Options of the estimator that a combination which standardises by itself does not look at."""
+    estimator, combination = config.estimator, config.combination
+    if combination.type not in STANDARDISING:
+        return []
+    standardises = f"combination {combination.type} divides by standard deviations itself"
+    if estimator.type == "grpo" and estimator.scale != "group":
+        return [f"{standardises}, of groups, so estimator.scale={estimator.scale} has no effect"]
+    if estimator.type == "rloo":
+        return [f"{standardises}, which takes the factor G/(G-1) of rloo out again: the advantages are those of grpo"]
+    if estimator.type == "reinforce" and not estimator.whiten:
+        return [f"{standardises}, of the batch, so estimator.whiten=false has no effect"]
+    return []
+
+
+def _on_sizes_of_weights(config: Config) -> list[str]:
+    """Weights whose sizes the combination does not look at."""
+    if config.combination.type != "pareto_rank":
+        return []
+    alike = "combination pareto_rank treats all objectives with a weight above 0 alike"
+    if config.weighting.type not in ("fixed", "hypervolume"):
+        return [f"{alike}: weighting.type={config.weighting.type} has no effect but where a weight reaches or leaves 0"]
+    if len({share for share in shares(config).values() if share > 0}) > 1:
+        return [f"{alike}: the sizes in weighting.weights have no effect"]
+    return []
+
+
+def _on_factor_on_rewards(config: Config) -> list[str]:
+    """A common factor on the rewards that the combination or the estimator takes out again."""
+    weighting, estimator, combination = config.weighting, config.estimator, config.combination
+    if weighting.type != "hypervolume" or weighting.placement != "rewards":
+        return []
+    divides = estimator.scale != "none" if estimator.type == "grpo" else estimator.type == "reinforce" and estimator.whiten
+    if combination.type in RESCALING or (combination.type in ("sum_then_normalize", "chebyshev") and divides):
+        return [
+            f"weighting.placement=rewards: combination {combination.type} with estimator {estimator.type} takes a factor on "
+            "all rewards out again, so the scheme has no effect; take weighting.placement=advantages"
+        ]
+    return []
+
+
+def _on_evaluation(config: Config) -> list[str]:
+    warnings = []
     if config.evaluation.every > config.steps:
         warnings.append(f"evaluation.every={config.evaluation.every} is more than steps={config.steps}: only the first "
                         "and the last policy are evaluated")  # fmt: skip
