@@ -61,6 +61,11 @@ def test_ranks_do_not_see_the_size_of_weights(combination, weighting, warning):
         assert lines == []
 
 
+def test_a_weight_of_zero_is_no_size():
+    watched = "--weighting={type: fixed, weights: {accuracy: 1, brevity: 1, clarity: 0}}"
+    assert advice("pareto_rank", "grpo", watched) == ["objective 'clarity' has weight 0: it is watched, not trained on"]
+
+
 @pytest.mark.parametrize("estimator", OPTIONS)
 @pytest.mark.parametrize("combination", [*STANDARDISING, *OTHERS])
 def test_a_factor_on_all_rewards_that_is_divided_out_again(combination, estimator):

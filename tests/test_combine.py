@@ -197,6 +197,7 @@ def test_a_factor_on_all_weights_does_not_matter(combination, seed, factor):
     assert np.abs(difference).max() < 0.01  # EPSILON beside a standard deviation that grew tenfold
 
 
+@pytest.mark.filterwarnings("error")  # the logarithm of a weight of 0
 @every_combination
 @every_estimator
 def test_a_weight_of_zero_takes_an_objective_out(combination, estimator):
