@@ -43,7 +43,7 @@ def fixed(accuracy: float) -> dict:
     return {"type": "fixed", "weights": {"accuracy": accuracy, "brevity": round(1 - accuracy, 3)}}
 
 
-SWEEP = {f"fixed {a:g}/{1 - a:g}": fixed(a) for a in (0.8, 0.7, 0.6, 0.55, 0.5, 0.45, 0.4)}
+SWEEP = {f"fixed {a:g}/{1 - a:g}": fixed(a) for a in (0.8, 0.7, 0.675, 0.65, 0.625, 0.6, 0.5)}
 SCHEMES = {
     "lagrangian": {
         "type": "lagrangian",
