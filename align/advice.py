@@ -1,9 +1,11 @@
 """Choices that are allowed but do not do what they seem to: sentences for `paretune check` and the start of a run."""
 
 from align.build import PromptSets
-from align.config import Config, shares
+from align.config import Config, Signal, shares
+from align.config.weighting import Adaptive
 
 STANDARDISING = ("normalize_then_sum", "mo_grpo", "dvao", "soft_min")  # combinations that leave the estimator its baseline
+ADDING = ("estimate_then_sum", "mo_grpo", "normalize_then_sum")  # the gradient is a weighted sum of the objectives'
 RESCALING = ("normalize_then_sum", "dvao", "soft_min", "product", "pareto_rank")  # blind to a common factor on all weights
 
 
@@ -11,6 +13,8 @@ def advise(config: Config) -> list[str]:
     """Warnings about combinations of keys."""
     return [
         *_on_weights(config),
+        *_on_moves(config),
+        *_on_gradients(config),
         *_on_estimator(config),
         *_on_sizes_of_weights(config),
         *_on_factor_on_rewards(config),
@@ -28,6 +32,38 @@ def _on_weights(config: Config) -> list[str]:
         if not share and weighting.type != "schedule":
             warnings.append(f"objective {name!r} has weight 0: it is watched, not trained on")
     return warnings
+
+
+def _on_moves(config: Config) -> list[str]:
+    """Options of adaptive schemes that keep the weights where they are."""
+    weighting, warnings = config.weighting, []
+    if isinstance(weighting, Adaptive):
+        if weighting.warm_up >= config.steps:
+            warnings.append(f"weighting.warm_up={weighting.warm_up} leaves no step of {config.steps} in which weights move")
+        if weighting.every > config.steps:
+            warnings.append(f"weighting.every={weighting.every} is more than the {config.steps} steps: weights move once")
+        if weighting.pull == 1:
+            warnings.append("weighting.pull=1 holds the weights where they start")
+    if weighting.type == "saturation" and not weighting.gamma:
+        warnings.append("weighting.gamma=0 gives the same weights as weighting.type=fixed")
+    vectors = -(-config.steps // config.evaluation.every) if config.evaluation.every else 0
+    if Signal.VALIDATION in weighting.needs and 0 < vectors < 5:
+        warnings.append(
+            f"evaluation.every={config.evaluation.every} brings a new vector only {vectors} times in {config.steps} steps: "
+            f"weighting.type={weighting.type} can hardly follow"
+        )
+    return warnings
+
+
+def _on_gradients(config: Config) -> list[str]:
+    """Weights made for a sum of gradients, and a combination that makes another step of them."""
+    weighting, combination = config.weighting.type, config.combination.type
+    if weighting not in ("gradient", "mgda") or combination in ADDING:
+        return []
+    return [
+        f"combination {combination} does not add up the objectives' gradients, for which weighting.type={weighting} chooses "
+        "its weights: take estimate_then_sum"
+    ]
 
 
 def _on_estimator(config: Config) -> list[str]:

@@ -75,7 +75,7 @@ def take_step(
         advantages_PG[silent_P] = 0.0
     advantages_PG *= state.step_scale
 
-    return StepResult(advantages_PG, state, _metrics(rules.objectives, matrix, state, constant_PK, silent_P))
+    return StepResult(advantages_PG, state, _metrics(rules.objectives, matrix, state, constant_PK, advantages_PG))
 
 
 def _with_kl(rewards_PGK: np.ndarray, signals: Mapping[Signal, np.ndarray]) -> np.ndarray:
@@ -99,11 +99,15 @@ def _constant(rewards_PGK: np.ndarray) -> np.ndarray:
 
 
 def _metrics(
-    objectives: Sequence[Objective], matrix: RewardMatrix, state: WeightState, constant_PK: np.ndarray, silent_P: np.ndarray
+    objectives: Sequence[Objective],
+    matrix: RewardMatrix,
+    state: WeightState,
+    constant_PK: np.ndarray,
+    advantages_PG: np.ndarray,
 ) -> dict[str, float]:
     """Weights, and per objective the raw mean and spread, the share of missing values and of constant groups."""
     raw_NK = np.ma.masked_invalid(matrix.raw_NK)
-    metrics = {"step_scale": state.step_scale, "groups/effective": float(1 - silent_P.mean())}
+    metrics = {"step_scale": state.step_scale, "groups/effective": float((advantages_PG != 0).any(axis=1).mean())}
     for k, objective in enumerate(objectives):
         metrics[f"weights/{objective.name}"] = state.weights_K[k]
         metrics[f"objectives/{objective.name}/mean"] = float(np.ma.filled(raw_NK[:, k].mean(), np.nan))

@@ -175,7 +175,8 @@ def test_gradient_is_one_step_of_mirror_ascent():
 @pytest.mark.parametrize("cosine", [False, True])
 def test_gradient_does_not_see_a_common_scale(cosine):
     scheme = scheme_of(type="gradient", cosine=cosine)
-    weights = [scheme.update(scheme.init(OBJECTIVES), see(gram=scale * np.array(GRAM))).weights_K for scale in (1e-6, 1, 1e6)]
+    grams = [scale * np.array(GRAM) for scale in (1e-6, 1, 1e6)]
+    weights = [scheme.update(scheme.init(OBJECTIVES), see(gram=gram)).weights_K for gram in grams]
     assert weights[0] == pytest.approx(weights[1])
     assert weights[2] == pytest.approx(weights[1])
 

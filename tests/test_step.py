@@ -51,7 +51,7 @@ def test_raw_values_are_scaled_and_turned_by_hand():
 def test_step_scale_multiplies_after_normalisation():
     class Doubling(Halves):
         def update(self, state, observation):
-            return WeightState(state.weights_K, 2.0, {"count": 3, "trend": [0.1, 0.2], "history": [1, 2, 3]})
+            return WeightState(state.weights_K, 2.0, {"count": 3, "trend": {"up": 0.1, "down": 0.2}, "history": [1, 2]})
 
     grpo = GrpoEstimator(type="grpo")
     raw = [[10, 0.25], [0, 0.75]]

@@ -1,0 +1,114 @@
+"""Choices of schemes that contradict the rest, or do nothing: said before any model loads, with key, value and way out."""
+
+import json
+
+import pytest
+
+from align.advice import advise
+from align.load import ConfigError, load_config
+from tests.conftest import QUICKSTART, WEIGHTS
+
+CONTRADICTIONS = [
+    # unknown names, in every table of every scheme
+    ({"type": "gradient", "weights": {**WEIGHTS, "speed": 1}}, (), "weighting.weights: unknown objective 'speed'"),
+    ({"type": "variation", "weights": {"accuracy": 1, "brevity": 1}}, (), "weighting.weights gives no weight for 'clarity'"),
+    ({"type": "mgda", "weights": {**WEIGHTS, "clarity": -1}}, (), "weighting.weights.clarity: -1.0 is negative"),
+    ({"type": "hypervolume", "reference": {"acuracy": 0}}, (), "weighting.reference: unknown objective 'acuracy'; did you"),
+    ({"type": "covariance", "target": {"accuracy": 0.1}}, (), "weighting.target has no number for 'brevity': add it"),
+    ({"type": "covariance", "cap": {"x": 1, **WEIGHTS}}, (), "weighting.cap: unknown objective 'x'"),
+    # one objective: nothing to decide
+    *(
+        ({"type": kind, "weights": {"accuracy": 1, "brevity": 0, "clarity": 0}}, (), "only ['accuracy'] has a share")
+        for kind in ("gradient", "mgda", "pama", "hypervolume_gradient", "covariance", "variation", "saturation")
+    ),
+    # reference points that nothing can be above
+    ({"type": "hypervolume", "reference": {"accuracy": 1.0}}, (), "weighting.reference.accuracy: 1.0 leaves nothing above"),
+    ({"type": "hypervolume_gradient", "reference": {"brevity": 1.5}}, (), "weighting.reference.brevity: 1.5 leaves nothing"),
+    # held-out vectors without evaluation
+    ({"type": "hypervolume"}, ("--evaluation.every=0",), "but evaluation.every is 0: give a number of steps"),
+    ({"type": "hypervolume_gradient"}, ("--evaluation.every=0",), "or take weighting.vector=batches"),
+    ({"type": "hypervolume_gradient", "vector": "batches", "against": "archive"}, ("--evaluation.every=0",), "is 0"),
+    # bounds on weights that leave no point of the simplex
+    ({"type": "pama", "floor": 0.4}, (), "weighting.floor=0.4 times 3 objectives is more than 1: lower it"),
+    ({"type": "pama", "ceiling": 0.3}, (), "weighting.ceiling=0.3 times 3 objectives is less than 1: raise it"),
+    ({"type": "pama", "smoothing": 1.0}, (), "weighting.smoothing: 1.0 is not valid"),
+    # gradients that cannot be had as asked
+    (
+        {"type": "gradient", "probe": {"features": "exact", "backward": "ordinary"}},
+        (),
+        "weighting.probe.backward=ordinary: exact needs backward passes of its own; take extra or auto",
+    ),
+    (
+        {"type": "mgda", "probe": {"backward": "ordinary"}},
+        ("--trl.beta=0.1",),
+        "weighting.probe.backward=ordinary: with trl.beta=0.1",
+    ),
+    (
+        {"type": "gradient", "probe": {"features": "norms"}},
+        ("--policy.lora={}",),
+        "weighting.probe.features=norms: under policy.lora normalisation layers are frozen; take sketch",
+    ),
+]
+
+
+def config_of(weighting: dict, *more: str):
+    return load_config(QUICKSTART, [f"--weighting={json.dumps(weighting)}", *more])
+
+
+@pytest.mark.parametrize(("weighting", "more", "message"), CONTRADICTIONS, ids=lambda v: str(v)[:60])
+def test_contradictions_are_refused(weighting, more, message):
+    with pytest.raises(ConfigError) as error:
+        config_of(weighting, *more)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "more"),
+    [
+        ({"type": "hypervolume_gradient", "vector": "batches"}, ("--evaluation.every=0",)),
+        ({"type": "gradient", "probe": {"features": "norms", "backward": "ordinary"}}, ()),
+        ({"type": "gradient", "probe": {"features": "sketch"}}, ("--policy.lora={}",)),
+        ({"type": "pama", "floor": 0.33, "ceiling": 0.34}, ()),
+        ({"type": "hypervolume", "weights": {"accuracy": 1, "brevity": 0, "clarity": 0}}, ()),
+    ],
+)
+def test_their_neighbours_are_not(weighting, more):
+    config_of(weighting, *more)
+
+
+@pytest.mark.parametrize(
+    ("weighting", "more", "warning"),
+    [
+        ({"type": "pama", "warm_up": 160}, (), "weighting.warm_up=160 leaves no step of 160"),
+        ({"type": "saturation", "every": 200}, (), "weighting.every=200 is more than the 160 steps"),
+        ({"type": "variation", "pull": 1.0}, (), "weighting.pull=1 holds the weights where they start"),
+        ({"type": "saturation", "gamma": 0}, (), "weighting.gamma=0 gives the same weights as weighting.type=fixed"),
+        ({"type": "hypervolume"}, ("--evaluation.every=100",), "brings a new vector only 2 times"),
+        ({"type": "gradient"}, ("--combination=dvao",), "combination dvao does not add up the objectives' gradients"),
+        ({"type": "mgda"}, ("--combination=soft_min",), "combination soft_min does not add up"),
+        ({"type": "gradient"}, ("--estimator=grpo", "--combination=sum_then_normalize"), "does not add up"),
+    ],
+)
+def test_choices_that_do_little_are_warned_of(weighting, more, warning):
+    assert any(warning in line for line in advise(config_of(weighting, *more)))
+
+
+@pytest.mark.parametrize("kind", ["gradient", "mgda"])
+def test_gradient_schemes_take_the_combination_that_their_weights_are_for(kind):
+    data = [f"--weighting={{type: {kind}}}"]
+    assert load_config(QUICKSTART, data).combination.type == "estimate_then_sum"
+    assert not advise(load_config(QUICKSTART, data))
+
+
+def test_switching_the_type_keeps_what_the_new_one_has():
+    config = load_config(QUICKSTART, ["--weighting.type=gradient", "--weighting.step_size=0.2"])
+    assert config.weighting.weights == {"accuracy": 0.4, "brevity": 0.6, "clarity": 0.0}  # the schedule's; no milestones
+    assert config.weighting.step_size == 0.2
+    assert load_config(QUICKSTART, ["--estimator.type=rloo"]).estimator.type == "rloo"  # grpo's scale is gone
+    assert load_config(QUICKSTART, ["--combination.type=dvao"]).combination.type == "dvao"
+    kept = load_config(QUICKSTART, ["--weighting.type=schedule"])
+    assert kept.weighting.milestones  # the same type: nothing is dropped
+    with pytest.raises(ConfigError, match=r"prompts\.train\.path is missing"):
+        load_config(QUICKSTART, ["--prompts.train.type=file"])
+    with pytest.raises(ConfigError, match="'gradients' does not exist"):
+        load_config(QUICKSTART, ["--weighting.type=gradients"])
