@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from enum import StrEnum
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
@@ -22,6 +23,24 @@ class Section(BaseModel):
         if unknown:
             raise ValueError("\n".join(unknown_name("key", key, cls.model_fields) for key in unknown))
         return data
+
+
+class Signal(StrEnum):
+    """What a scheme may ask for besides the rewards of the batch; the loop pays only for what is asked."""
+
+    VALIDATION = "validation"  # (M, K) held-out vectors so far, oldest first, scaled to [0, 1], larger is better
+    ADVANTAGES = "advantages"  # (P, G) what the weights still in force make of the batch
+    GRAM = "gram"  # (K, K) inner products of the objectives' policy gradients
+    KL = "kl"  # (P, G) log-ratio to the reference policy, summed over a sample's tokens, nats
+
+
+class Weighting(Section):
+    """Base of the options of every weighting scheme."""
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        """What the scheme looks at besides rewards."""
+        return frozenset()
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> str:

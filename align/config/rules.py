@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from align.config.base import unknown_name
+from align.config.lagrangian_rules import lagrangian_problems
 from align.config.weighting import Adaptive, FixedWeighting, ScheduleWeighting, Signal
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def _scheme(config: "Config") -> list[str]:
     """What the weighting scheme asks of the rest."""
     weighting, problems = config.weighting, []
     shared = [name for name, share in shares(config).items() if share > 0]
-    if Signal.VALIDATION in weighting.needs and not config.evaluation.every:
+    if Signal.VALIDATION in weighting.needs and not config.evaluation.every and weighting.type != "lagrangian":
         problems.append(
             f"weighting.type={weighting.type} follows held-out vectors, but evaluation.every is 0: give a number of steps"
             + (", or take weighting.vector=batches" if weighting.type == "hypervolume_gradient" else "")
@@ -74,6 +75,8 @@ def _scheme(config: "Config") -> list[str]:
                 problems += [f"weighting.{key} has no number for {n!r}: add it" for n in shared if n not in table]
     if weighting.type in ("gradient", "mgda"):
         problems += _probe(config)
+    if weighting.type == "lagrangian":
+        problems += lagrangian_problems(config, shares(config))
     return problems
 
 

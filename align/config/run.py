@@ -15,6 +15,9 @@ from align.trl_options import check_trl_options
 # --- the policy -------------------------------------------------------------------------------------------------------
 
 
+MIXING = ("lagrangian", "gradient", "mgda")  # schemes whose weights are made for a sum of the objectives' advantages
+
+
 class LoraConfig(Section):
     """Train low-rank adapters (through peft) instead of all weights."""
 
@@ -198,11 +201,21 @@ class Config(Section):
     weighting: WeightingConfig
     estimator: EstimatorConfig = GrpoEstimator(type="grpo")
     combination: CombinationConfig = SumThenNormalize(type="sum_then_normalize")
+    """Where the weights meet the rewards. Left out, it is sum_then_normalize, or estimate_then_sum under the schemes
+    `lagrangian`, `gradient` and `mgda`."""
     learner: LearnerConfig = LearnerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     trl: Annotated[dict[str, Any], BeforeValidator(check_trl_options)] = {}
     """Any other option of TRL's GRPOConfig, by TRL's name, for example `{learning_rate: 1.0e-6, beta: 0.04}`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _combination_of_scheme(cls, data: Any) -> Any:
+        """Where `combination` is left out, the scheme chooses it: multipliers and gradients mix objective by objective."""
+        weighting = data.get("weighting") if isinstance(data, dict) else None
+        kind = weighting.get("type") if isinstance(weighting, dict) else getattr(weighting, "type", None)
+        return {"combination": "estimate_then_sum"} | data if kind in MIXING else data
 
     @model_validator(mode="after")
     def _keys_agree(self) -> "Config":

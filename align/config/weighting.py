@@ -1,29 +1,11 @@
 """Options of the weighting schemes."""
 
-from enum import StrEnum
 from typing import Annotated, Literal
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from align.config.base import Name, Section, Weights
-
-
-class Signal(StrEnum):
-    """What a scheme may ask for besides the rewards of the batch; the loop pays only for what is asked."""
-
-    VALIDATION = "validation"  # (M, K) held-out vectors so far, oldest first, scaled to [0, 1], larger is better
-    ADVANTAGES = "advantages"  # (P, G) what the weights still in force make of the batch
-    GRAM = "gram"  # (K, K) inner products of the objectives' policy gradients
-    KL = "kl"  # (P, G) log-ratio to the reference policy, summed over a sample's tokens, nats
-
-
-class Weighting(Section):
-    """Base of the options of every scheme."""
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        """What the scheme looks at besides rewards."""
-        return frozenset()
+from align.config.base import Name, Section, Signal, Weighting, Weights
+from align.config.lagrangian import LagrangianWeighting
 
 
 class FixedWeighting(Weighting):
@@ -222,6 +204,6 @@ AdaptiveWeighting = (
     | SaturationWeighting
 )
 WeightingConfig = Annotated[
-    FixedWeighting | ScheduleWeighting | HypervolumeWeighting | AdaptiveWeighting,
+    FixedWeighting | ScheduleWeighting | HypervolumeWeighting | LagrangianWeighting | AdaptiveWeighting,
     Field(discriminator="type"),
 ]

@@ -7,6 +7,7 @@ from align.weighting.fixed import Fixed
 from align.weighting.gradient import Gradient, Mgda
 from align.weighting.hypervolume import Hypervolume
 from align.weighting.hypervolume_gradient import HypervolumeGradient
+from align.weighting.lagrangian import Lagrangian
 from align.weighting.pama import Pama
 from align.weighting.schedule import Scheduled
 from align.weighting.spread import Saturation, Variation
@@ -16,6 +17,7 @@ SCHEMES = {
     "schedule": Scheduled,
     "hypervolume": Hypervolume,
     "hypervolume_gradient": HypervolumeGradient,
+    "lagrangian": Lagrangian,
     "gradient": Gradient,
     "mgda": Mgda,
     "pama": Pama,

@@ -87,3 +87,9 @@ def shares(weights: Mapping[str, float], objectives: Sequence[Objective]) -> tup
     weights = weights or {objective.name: 1.0 for objective in objectives}
     total = sum(weights.values())
     return tuple(weights[objective.name] / total for objective in objectives)
+
+
+def finite_vectors(observation: Observation, objectives: int) -> np.ndarray:
+    """Held-out vectors (M, K) with a value for every objective; M is 0 before the first."""
+    points_MK = observation.signals.get(Signal.VALIDATION, np.empty((0, objectives)))
+    return points_MK[np.isfinite(points_MK).all(axis=1)]
