@@ -88,6 +88,22 @@ def test_hypervolume_waits_for_new_vectors_and_survives_none():
     assert scheme.update(state, see(9, validation=[[0.2, 0.3], [0.4, 0.5]])) == state
 
 
+def test_hypervolume_passes_over_vectors_that_are_not_finite():
+    assert hypervolume_scales([[0.2, 0.3], [math.nan, 0.9], [0.4, 0.5]], scale=0.1) == pytest.approx(
+        [1.0, 1.0, 0.5 + 1.5 * math.tanh(0.4)]
+    )
+
+
+def test_hypervolume_of_one_objective_is_its_gain():
+    scheme = scheme_of(type="hypervolume", scale=0.1)
+    state = scheme.init(OBJECTIVES[:1])
+    for points in ([[0.2]], [[0.2], [0.5]], [[0.2], [0.5], [0.4]]):
+        state = scheme.update(state, see(rewards=np.zeros((1, 2, 1)), validation=points))
+        assert state.weights_K == (1.0,)
+    assert state.step_scale == 0.5
+    assert state.memory["volume"] == pytest.approx(0.3)
+
+
 def test_hypervolume_says_when_its_reference_is_never_left_behind():
     scheme = scheme_of(type="hypervolume", reference={"a": 0.9})
     state = scheme.init(OBJECTIVES)
@@ -170,6 +186,8 @@ def test_gradient_is_one_step_of_mirror_ascent():
     up, down = math.exp(0.3), math.exp(0.1)
     assert state.weights_K == pytest.approx((up / (up + down), down / (up + down)))
     assert state.memory["influence"] == pytest.approx({"a": 1.0, "b": 1 / 3})
+    state = scheme.update(state, see(1, gram=GRAM))  # the next step starts where this one ended
+    assert state.weights_K == pytest.approx((up**2 / (up**2 + down**2), down**2 / (up**2 + down**2)))
 
 
 @pytest.mark.parametrize("cosine", [False, True])

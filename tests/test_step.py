@@ -180,3 +180,31 @@ def test_metrics_by_hand():
     assert result.metrics["objectives/up/std"] == pytest.approx(np.sqrt(50))  # ((10 - 5)^2 + (0 - 5)^2) / (2 - 1)
     assert result.metrics["objectives/down/mean"] == 0.5
     assert result.metrics["objectives/up/missing"] == 0
+
+
+def test_the_log_ratio_to_the_reference_is_one_more_stream():
+    """All objectives constant; the sample nearer to the reference policy wins: -(.2), -(.6), mean -.4, rloo: +-.2 * 2 * .5."""
+
+    class Near(Halves):
+        needs = frozenset({Signal.KL})
+
+        def update(self, state, observation):
+            assert observation.rewards_PGK.shape == (1, 2, 2)  # it is not an objective
+            return WeightState((0.25, 0.25), 1.0, {}, kl_weight=0.5)
+
+    result = step(rules(objectives(), scheme=Near()), [[3, 0.3], [3, 0.3]], signals={Signal.KL: np.array([[0.2, 0.6]])})
+    np.testing.assert_allclose(result.advantages_PG, [[0.2, -0.2]])
+    assert result.metrics["weights/kl"] == 0.5
+    assert result.metrics["groups/effective"] == 1
+
+
+def test_advantages_are_shown_as_the_old_weights_make_them():
+    class Looking(Halves):
+        needs = frozenset({Signal.ADVANTAGES})
+
+        def update(self, state, observation):
+            np.testing.assert_allclose(observation.signals[Signal.ADVANTAGES], [[0.75, -0.75]])
+            return WeightState((1.0, 0.0), 1.0, {})
+
+    result = step(rules(objectives(), scheme=Looking()), [[10, 0.25], [0, 0.75]])
+    np.testing.assert_allclose(result.advantages_PG, [[1.0, -1.0]])

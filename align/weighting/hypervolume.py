@@ -10,7 +10,7 @@ import numpy as np
 from align.archive import reference_vector
 from align.config.weighting import HypervolumeWeighting
 from align.pareto import hypervolume
-from align.weighting.base import Observation, Signal, WeightState, shares
+from align.weighting.base import Observation, Signal, WeightState, finite_vectors, shares
 from rewards.types import Objective
 
 
@@ -58,8 +58,8 @@ class Hypervolume:
 
     def update(self, state: WeightState, observation: Observation) -> WeightState:
         """The scale that the newest held-out vectors give; the same one while there is no new vector."""
-        points_MK = observation.signals.get(Signal.VALIDATION)
-        if points_MK is None or len(points_MK) <= state.memory["seen"]:
+        points_MK = finite_vectors(observation, len(state.weights_K))
+        if len(points_MK) <= state.memory["seen"]:
             return state
         memory = dict(state.memory)
         memory["reference_vector"] = memory["reference_vector"] or points_MK[0].tolist()

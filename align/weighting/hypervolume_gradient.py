@@ -10,7 +10,7 @@ from align.archive import reference_vector
 from align.config.weighting import HypervolumeGradientWeighting
 from align.pareto import hypervolume_gradient, to_the_front
 from align.weighting.adaptive import Adaptive
-from align.weighting.base import Observation, Signal
+from align.weighting.base import Observation, finite_vectors
 from rewards.types import Objective
 
 
@@ -35,21 +35,18 @@ class HypervolumeGradient(Adaptive):
         self, weights_K: np.ndarray, prior_K: np.ndarray, memory: Mapping[str, Any], observation: Observation
     ) -> tuple[np.ndarray, Mapping[str, Any]]:
         """The prior times the derivatives, or times the move to the front."""
-        points_MK = observation.signals.get(Signal.VALIDATION, np.empty((0, len(prior_K))))
-        points_MK = points_MK[np.isfinite(points_MK).all(axis=1)]
+        points_MK = finite_vectors(observation, len(prior_K))
         reference = memory["reference_vector"] or (points_MK[0].tolist() if len(points_MK) else [])
         known = {"reference_vector": reference}
         if self.config.vector == "batches":
             vector_K = self._moved_average(memory.get("vector", {}), observation.rewards_PGK)
-            others_MK = points_MK
         else:
             vector_K = points_MK[-1] if len(points_MK) else np.full(len(prior_K), np.nan)
-            others_MK = points_MK[:-1]
         known["vector"] = vector_K
         if not reference or not np.isfinite(vector_K).all():
             return np.full(len(prior_K), np.nan), known
         reference_K = np.array(reference)
-        others_MK = others_MK if self.config.against == "archive" else others_MK[:0]
+        others_MK = points_MK if self.config.against == "archive" else points_MK[:0]  # v itself among them changes nothing
         derivative_K = hypervolume_gradient(vector_K, others_MK, reference_K)
         direction_K = derivative_K if derivative_K.any() else to_the_front(vector_K, others_MK, reference_K)
         return prior_K * direction_K, {**known, "direction": direction_K}
