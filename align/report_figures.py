@@ -47,7 +47,8 @@ def figures_of(objectives: Sequence[Objective], metrics: Sequence[Row], archive:
         colours = cycle(COLOURS)
         sections["objectives"] = [_objective_figure(o, next(colours), metrics, archive.points) for o in objectives]
         sections["missing"] = _missing_figures(metrics, names)
-        sections["weights"] = [_curves("weights", metrics, {name: f"weights/{name}" for name in names})]
+        weighted = [name for name in (*names, "kl") if any(f"weights/{name}" in row for row in metrics)]
+        sections["weights"] = [_curves("weights", metrics, {name: f"weights/{name}" for name in weighted})]
         sections["weights"] += _scheme_figures(metrics, names)
         sections["curves"] = [_curves(CURVES[key], metrics, {"": key}) for key in CURVES if _is_worth_drawing(metrics, key)]
     return {f"{section}:{i}": chart for section, charts in sections.items() for i, chart in enumerate(charts)}

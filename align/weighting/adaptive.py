@@ -29,9 +29,10 @@ class Adaptive(ABC):
 
     def init(self, objectives: Sequence[Objective]) -> WeightState:
         """The user's shares."""
-        prior = dict(zip([o.name for o in objectives], shares(self.config.weights, objectives), strict=True))
-        memory = {"prior": prior, **self.remember([o for o in objectives if prior[o.name] > 0])}
-        return WeightState(tuple(prior.values()), step_scale=1.0, memory=memory)
+        prior_K = shares(self.config.weights, objectives)
+        pairs = [[objective.name, share] for objective, share in zip(objectives, prior_K, strict=True)]
+        shared = [objective for objective, share in zip(objectives, prior_K, strict=True) if share > 0]
+        return WeightState(prior_K, step_scale=1.0, memory={"prior": pairs, **self.remember(shared)})
 
     def due(self, step: int) -> bool:
         """Whether the weights move at `step`."""
@@ -41,12 +42,15 @@ class Adaptive(ABC):
         """The weights after one move; the same ones when none is due."""
         if not self.due(observation.step):
             return state
-        prior_K = np.array(list(state.memory["prior"].values()))
+        names, prior_K = zip(*state.memory["prior"], strict=True)
+        prior_K = np.array(prior_K)
         shared = np.flatnonzero(prior_K > 0)
-        names = [name for name, share in state.memory["prior"].items() if share > 0]
         weights = np.array(state.weights_K)[shared]
         proposal, memory = self.propose(weights, prior_K[shared], state.memory, _only(observation, shared))
-        tables = {key: named(names, value) if isinstance(value, np.ndarray) else value for key, value in memory.items()}
+        tables = {
+            key: named([names[k] for k in shared], value) if isinstance(value, np.ndarray) else value
+            for key, value in memory.items()
+        }
         weights_K = np.zeros(len(prior_K))
         weights_K[shared] = settle(weights, proposal, prior_K[shared], self.config)
         return replace(state, weights_K=tuple(weights_K.tolist()), memory={**state.memory, **tables})

@@ -33,19 +33,22 @@ class Covariance(Adaptive):
         """Target and cap of every objective."""
         names = [objective.name for objective in objectives]
         tables = {"target": self.config.target, "cap": self.config.cap}
-        return {key: {n: float(t[n] if isinstance(t, dict) else t) for n in names} for key, t in tables.items()}
+        return {key: [[n, float(t[n] if isinstance(t, dict) else t)] for n in names] for key, t in tables.items()}
 
     def propose(
         self, weights_K: np.ndarray, prior_K: np.ndarray, memory: Mapping[str, Any], observation: Observation
     ) -> tuple[np.ndarray, Mapping[str, Any]]:
         """The weights times their growth."""
-        target_K, cap_K = np.array([*memory["target"].values()]), np.array([*memory["cap"].values()])
+        names, target_K = zip(*memory["target"], strict=True)
+        cap_K = np.array([cap for _, cap in memory["cap"]])
         rewards = np.ma.masked_invalid(observation.rewards_PGK)
         now_K = covariances(rewards, observation.signals[Signal.ADVANTAGES])
-        before_K = np.array([memory.get("covariance", {}).get(name, np.nan) for name in memory["target"]])
+        before_K = np.array([memory.get("covariance", {}).get(name, np.nan) for name in names])
         average_K = np.where(np.isnan(before_K), now_K, self.config.average * before_K + (1 - self.config.average) * now_K)
         average_K = np.where(np.isnan(now_K), before_K, average_K)
-        short_K = np.where(np.ma.filled(rewards.mean(axis=(0, 1)), np.nan) < cap_K, np.maximum(target_K - average_K, 0), 0)
+        short_K = np.where(
+            np.ma.filled(rewards.mean(axis=(0, 1)), np.nan) < cap_K, np.maximum(np.array(target_K) - average_K, 0), 0
+        )
         growth_K = np.exp(self.config.rate * short_K)
         return np.where(np.isnan(now_K), np.nan, weights_K * growth_K), {"covariance": average_K}
 
