@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ class RunState:
         processes: Number of learner processes.
         fingerprint: Of the configuration, see `Config.fingerprint`.
         weighting: State of the weighting scheme, as JSON.
+        gram: Inner products of the objectives' gradients (K, K) that wait for the next batch; empty when there are none.
     """
 
     step: int
@@ -29,6 +30,7 @@ class RunState:
     processes: int
     fingerprint: str
     weighting: dict[str, Any]
+    gram: list[list[float]] = field(default_factory=list)
 
 
 def checkpoint_name(step: int) -> str:

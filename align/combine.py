@@ -115,3 +115,8 @@ def _standardise(rewards_PG: np.ndarray, over_batch: bool) -> np.ndarray:
 def _whiten(total_PG: np.ndarray, rewards_PGK: np.ndarray) -> np.ndarray:
     left_out_PG = np.isnan(rewards_PGK).any(axis=2)
     return advantages.reinforce(np.where(left_out_PG, np.nan, total_PG), whiten=True)
+
+
+def objective_advantages(rewards_PGK: np.ndarray, estimator: EstimatorConfig) -> np.ndarray:
+    """Advantages (P, G, K) that each objective would give if it were the only one; 0 for samples that are left out."""
+    return np.stack([estimate(rewards_PGK[:, :, k], estimator) for k in range(rewards_PGK.shape[2])], axis=2)

@@ -6,6 +6,7 @@ the reward bus, and replaces TRL's advantages by ours. No method body of TRL's i
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +19,6 @@ import numpy as np
 import torch
 from accelerate.utils import gather, gather_object
 from datasets import Dataset
-from peft import LoraConfig as PeftLoraConfig
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers import ProgressCallback as TrainerProgress
@@ -30,11 +30,13 @@ from align.build import PromptSets
 from align.checkpoint import STATE_FILE, RunState, checkpoint_name, prune, read_state, write_state
 from align.config import Config
 from align.evaluate import evaluate, summarize
+from align.learner_args import peft_config
 from align.missing import MissingRewardError
 from align.plan import Plan, Schedule
+from align.probe import NO_GRAM, OBJECTIVE_ADVANTAGES, build_probe, replaced, select
 from align.runlog import RunFiles
 from align.sampling import evaluation_params, training_params
-from align.step import StepRules, take_step
+from align.step import StepRules, advantages_alone, take_step
 from align.weighting import Signal, WeightState
 from rewards.bus import RewardBus
 from rewards.types import RewardMatrix, stack
@@ -104,13 +106,15 @@ class Learner(GRPOTrainer):
             train_dataset=Dataset.from_dict({"prompt": texts, "index": range(len(texts))}).select(order),
             processing_class=parts.tokenizer,
             callbacks=list(callbacks),
-            peft_config=_peft_config(parts.config),
+            peft_config=peft_config(parts.config),
             rollout_func=_roll_out,
         )
         self.remove_callback(TrainerProgress)  # ours shows the objectives
         self.remove_callback(PrinterCallback)
         self.weight_state = parts.rules.scheme.init(parts.rules.objectives)
         self.sampler = make_sampler(self)
+        if Signal.GRAM in parts.rules.scheme.needs:
+            self._probe = build_probe(parts.config, self.model, parts.plan.micro_batch_size, self.aux_loss_enabled)
         self._prompt_indices: list[int] = []  # of the batch being sampled, one per sample of this process
         self._groups: list[SampleGroup] = []  # this process's samples of it
         self._scored: RewardMatrix  # their rewards
@@ -131,6 +135,8 @@ class Learner(GRPOTrainer):
         self._tell_remarks(result.state)
         self.weight_state = result.state
         self._check_agreement(step)
+        if Signal.GRAM in self.parts.rules.scheme.needs:
+            self._probe.waiting_KK = NO_GRAM  # it has had its effect
         local = slice(len(inputs) * self.accelerator.process_index, len(inputs) * (self.accelerator.process_index + 1))
         advantages_N = result.advantages_PG.reshape(-1)[local]
         self.parts.files.samples.write(step + 1, self._groups, self._scored, result.state.weights_K, advantages_N)
@@ -164,6 +170,57 @@ class Learner(GRPOTrainer):
             self._metrics["train"][f"time/reward/{name}"].append(seconds)
         self._gathered = stack(gather_object([self._scored]))
         return torch.tensor(self._gathered.raw_NK, dtype=torch.float32, device=self.accelerator.device)
+
+    # --- gradients of the objectives, see align/probe.py --------------------------------------------------------------
+
+    def training_step(self, model, inputs, num_items_in_batch):
+        """TRL's, and the probe takes in what its backward showed."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if Signal.GRAM in self.parts.rules.scheme.needs and self._probe.listening:
+            self._add_metrics(self._probe.hear(last=self._step % self.args.gradient_accumulation_steps == 0))
+        return loss
+
+    def _compute_loss(self, model, inputs):
+        """TRL's, and the probe listens during the first update of a batch: from the second on the policy is another."""
+        first = self._step % (self.args.steps_per_generation * self.num_iterations) < self.args.gradient_accumulation_steps
+        if OBJECTIVE_ADVANTAGES not in inputs or not first:
+            return super()._compute_loss(model, inputs)
+        return self._probe.listen(lambda: GRPOTrainer._compute_loss(self, model, inputs), inputs)
+
+    def _probe_gradients(self, batch: dict[str, Any]) -> None:
+        """Before the update at which the scheme looks: a backward of its own; or mark the batch to be listened to."""
+        probe, scheme, plan, step = self._probe, self.parts.rules.scheme, self.parts.plan, self.state.global_step
+        due = scheme.due(step + plan.steps_per_batch) if probe.ordinary else scheme.due(step)
+        if not due:
+            return
+        start, first = time.perf_counter(), plan.samples_per_process * self.accelerator.process_index
+        local_NK = advantages_alone(self.parts.rules, self._gathered)[first : first + plan.samples_per_process]
+        advantages_NK = torch.tensor(local_NK, dtype=torch.float32, device=self.accelerator.device)
+        if probe.ordinary:
+            batch[OBJECTIVE_ADVANTAGES] = advantages_NK
+        elif probe.exact:
+            with self.policy() as model:
+                trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+                self._add_metrics(probe.measure_exactly(self._policy_loss(model, batch), trained, advantages_NK))
+        else:
+            tokens = batch["prompt_ids"].shape[1] + batch["completion_ids"].shape[1]
+            self._add_metrics(probe.measure(self._policy_loss(self.model, batch), tokens, advantages_NK))
+        self._metrics["train"]["time/probe"].append(time.perf_counter() - start)
+
+    def _policy_loss(self, model: Any, batch: Mapping[str, Any]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """TRL's loss of some rows of a batch, as the mean over them, without penalty and bonus, and leaving no metrics."""
+
+        def loss(rows: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
+            share = len(rows) / self.args.per_device_train_batch_size
+            part = select(batch, rows) | {
+                "advantages": advantages,
+                "num_items_in_batch": batch["num_items_in_batch"] * share,
+            }
+            metrics = {mode: defaultdict(list) for mode in self._metrics}
+            with replaced(self, beta=0.0, _entropy_bonus_enabled=False, aux_loss_enabled=False, _metrics=metrics):
+                return GRPOTrainer._compute_loss(self, model, part) * self.current_gradient_accumulation_steps
+
+        return loss
 
     # --- evaluation, logging, checkpoints -----------------------------------------------------------------------------
 
@@ -227,6 +284,7 @@ class Learner(GRPOTrainer):
                     plan.processes,
                     config.fingerprint(),
                     self.weight_state.to_json(),
+                    self._probe.waiting_KK.tolist() if Signal.GRAM in self.parts.rules.scheme.needs else [],
                 ),
             )
             front = {point.step for point in self.parts.archive.front()} if config.checkpoint.keep_front else set()
@@ -241,6 +299,8 @@ class Learner(GRPOTrainer):
             state = read_state(Path(checkpoint))
             self._step = state.micro_step
             self.weight_state = WeightState.from_json(state.weighting)
+            if state.gram:
+                self._probe.waiting_KK = np.array(state.gram)
             if self._is_mid_batch(self._step):
                 self._buffered_inputs = torch.load(Path(checkpoint) / self._batch_file(), weights_only=True)
 
@@ -269,6 +329,10 @@ class Learner(GRPOTrainer):
             signals[Signal.VALIDATION] = self.parts.archive.vectors_MK()
         if Signal.KL in needs:
             signals[Signal.KL] = self._log_ratios(output).reshape(-1, self.parts.rules.group_size)
+        if Signal.GRAM in needs:
+            self._probe_gradients(output)
+            if self._probe.waiting_KK.size:
+                signals[Signal.GRAM] = self._probe.waiting_KK
         return signals
 
     def _log_ratios(self, batch: Mapping[str, Any]) -> np.ndarray:
@@ -305,27 +369,17 @@ class Learner(GRPOTrainer):
         for key in [k for k in logged if k in TRL_REWARD_METRICS or k.startswith("rewards/")]:
             del logged[key]
         ages = [self.state.global_step - sample.policy_version for group in self._groups for sample in group.samples]
-        for key, value in {**metrics, "policy_age": max(ages)}.items():
-            logged[key].append(value)
+        self._add_metrics({**metrics, "policy_age": max(ages)})
+
+    def _add_metrics(self, metrics: Mapping[str, float]) -> None:
+        for key, value in metrics.items():
+            self._metrics["train"][key].append(value)
 
     def _is_mid_batch(self, micro_step: int) -> bool:
         return micro_step % (self.args.steps_per_generation * self.num_iterations) != 0
 
     def _batch_file(self) -> str:
         return f"batch_{self.accelerator.process_index}.pt"
-
-
-def _peft_config(config: Config) -> PeftLoraConfig | None:
-    lora = config.policy.lora
-    if lora is None:
-        return None
-    return PeftLoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        task_type="CAUSAL_LM",
-    )
 
 
 def _roll_out(prompts: list[str], learner: Learner) -> dict[str, Any]:

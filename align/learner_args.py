@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 
 from align.config import Config, Signal
 from align.launch import told_to_use_cpu
@@ -51,3 +52,17 @@ def trl_arguments(config: Config, plan: Plan, checkpoints: Path, evaluate_first:
     if Signal.KL in config.weighting.needs and not config.trl.get("beta"):
         owned["beta"] = KEEP_REFERENCE
     return defaults | dict(config.trl) | owned
+
+
+def peft_config(config: Config) -> LoraConfig | None:
+    """What TRL is given as `peft_config`."""
+    lora = config.policy.lora
+    if lora is None:
+        return None
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from align.combine import combine
+from align.combine import combine, objective_advantages
 from align.config import CombinationConfig, EstimatorConfig
 from align.missing import apply_missing, refuse_missing
 from align.weighting import Observation, Scheme, Signal, WeightState
@@ -76,6 +76,13 @@ def take_step(
     advantages_PG *= state.step_scale
 
     return StepResult(advantages_PG, state, _metrics(rules.objectives, matrix, state, constant_PK, advantages_PG))
+
+
+def advantages_alone(rules: StepRules, matrix: RewardMatrix) -> np.ndarray:
+    """Advantages (N, K) that each objective would give if it were the only one. Raises MissingRewardError."""
+    refuse_missing(matrix)
+    rewards_PGK = apply_missing(matrix.values_NK.reshape(-1, rules.group_size, len(rules.objectives)), rules.objectives)
+    return objective_advantages(rewards_PGK, rules.estimator).reshape(len(matrix.raw_NK), -1)
 
 
 def _with_kl(rewards_PGK: np.ndarray, signals: Mapping[Signal, np.ndarray]) -> np.ndarray:

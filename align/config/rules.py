@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from align.config.base import unknown_name
 from align.config.lagrangian_rules import lagrangian_problems
+from align.config.probe_rules import probe_problems
 from align.config.weighting import Adaptive, FixedWeighting, ScheduleWeighting, Signal
 
 if TYPE_CHECKING:
@@ -74,25 +75,9 @@ def _scheme(config: "Config") -> list[str]:
                 problems += _unknown(f"weighting.{key}", table, config.objectives)
                 problems += [f"weighting.{key} has no number for {n!r}: add it" for n in shared if n not in table]
     if weighting.type in ("gradient", "mgda"):
-        problems += _probe(config)
+        problems += probe_problems(config)
     if weighting.type == "lagrangian":
         problems += lagrangian_problems(config, shares(config))
-    return problems
-
-
-def _probe(config: "Config") -> list[str]:
-    """Whether the gradients that a scheme wants can be had as it says."""
-    probe, problems = config.weighting.probe, []
-    if probe.features == "norms" and config.policy.lora is not None:
-        problems.append("weighting.probe.features=norms: under policy.lora normalisation layers are frozen; take sketch")
-    if probe.backward == "ordinary":
-        if probe.features == "exact":
-            problems.append("weighting.probe.backward=ordinary: exact needs backward passes of its own; take extra or auto")
-        if config.trl.get("beta"):
-            problems.append(
-                f"weighting.probe.backward=ordinary: with trl.beta={config.trl['beta']} the ordinary backward holds the "
-                "gradient of the KL penalty too; take extra or auto"
-            )
     return problems
 
 
