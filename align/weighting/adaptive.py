@@ -42,15 +42,12 @@ class Adaptive(ABC):
         """The weights after one move; the same ones when none is due."""
         if not self.due(observation.step):
             return state
-        names, prior_K = zip(*state.memory["prior"], strict=True)
-        prior_K = np.array(prior_K)
+        prior_K = np.array([share for _, share in state.memory["prior"]])
+        names = [name for name, share in state.memory["prior"] if share > 0]
         shared = np.flatnonzero(prior_K > 0)
         weights = np.array(state.weights_K)[shared]
         proposal, memory = self.propose(weights, prior_K[shared], state.memory, _only(observation, shared))
-        tables = {
-            key: named([names[k] for k in shared], value) if isinstance(value, np.ndarray) else value
-            for key, value in memory.items()
-        }
+        tables = {key: named(names, value) if isinstance(value, np.ndarray) else value for key, value in memory.items()}
         weights_K = np.zeros(len(prior_K))
         weights_K[shared] = settle(weights, proposal, prior_K[shared], self.config)
         return replace(state, weights_K=tuple(weights_K.tolist()), memory={**state.memory, **tables})

@@ -39,11 +39,10 @@ class Covariance(Adaptive):
         self, weights_K: np.ndarray, prior_K: np.ndarray, memory: Mapping[str, Any], observation: Observation
     ) -> tuple[np.ndarray, Mapping[str, Any]]:
         """The weights times their growth."""
-        names, target_K = zip(*memory["target"], strict=True)
-        cap_K = np.array([cap for _, cap in memory["cap"]])
+        target_K, cap_K = (np.array([number for _, number in memory[key]]) for key in ("target", "cap"))
         rewards = np.ma.masked_invalid(observation.rewards_PGK)
         now_K = covariances(rewards, observation.signals[Signal.ADVANTAGES])
-        before_K = np.array([memory.get("covariance", {}).get(name, np.nan) for name in names])
+        before_K = np.array([memory.get("covariance", {}).get(name, np.nan) for name, _ in memory["target"]])
         average_K = np.where(np.isnan(before_K), now_K, self.config.average * before_K + (1 - self.config.average) * now_K)
         average_K = np.where(np.isnan(now_K), before_K, average_K)
         short_K = np.where(
