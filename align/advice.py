@@ -2,6 +2,7 @@
 
 from align.build import PromptSets
 from align.config import Config, Signal, shares
+from align.config.lagrangian_rules import posed
 from align.config.weighting import Adaptive
 
 STANDARDISING = ("normalize_then_sum", "mo_grpo", "dvao", "soft_min")  # combinations that leave the estimator its baseline
@@ -15,6 +16,7 @@ def advise(config: Config) -> list[str]:
         *_on_weights(config),
         *_on_moves(config),
         *_on_gradients(config),
+        *_on_constraints(config),
         *_on_estimator(config),
         *_on_sizes_of_weights(config),
         *_on_factor_on_rewards(config),
@@ -29,7 +31,7 @@ def _on_weights(config: Config) -> list[str]:
     if weighting.type == "schedule" and any(m.step > config.steps for m in weighting.milestones):
         warnings.append(f"a weighting milestone lies beyond the last step, {config.steps}, and is never reached")
     for name, share in shares(config).items():
-        if not share and weighting.type != "schedule":
+        if not share and weighting.type not in ("schedule", "lagrangian"):
             warnings.append(f"objective {name!r} has weight 0: it is watched, not trained on")
     return warnings
 
@@ -47,7 +49,8 @@ def _on_moves(config: Config) -> list[str]:
     if weighting.type == "saturation" and not weighting.gamma:
         warnings.append("weighting.gamma=0 gives the same weights as weighting.type=fixed")
     vectors = -(-config.steps // config.evaluation.every) if config.evaluation.every else 0
-    if Signal.VALIDATION in weighting.needs and 0 < vectors < 5:
+    looks_once = weighting.type == "lagrangian" and weighting.search is None
+    if Signal.VALIDATION in weighting.needs and 0 < vectors < 5 and not looks_once:
         warnings.append(
             f"evaluation.every={config.evaluation.every} brings a new vector only {vectors} times in {config.steps} steps: "
             f"weighting.type={weighting.type} can hardly follow"
@@ -64,6 +67,33 @@ def _on_gradients(config: Config) -> list[str]:
         f"combination {combination} does not add up the objectives' gradients, for which weighting.type={weighting} chooses "
         "its weights: take estimate_then_sum"
     ]
+
+
+def _on_constraints(config: Config) -> list[str]:
+    """Constrained problems that are not quite the one that seems to be posed."""
+    weighting, evaluation, warnings = config.weighting, config.evaluation, []
+    if weighting.type != "lagrangian":
+        return []
+    problem, shared = posed(config, shares(config)), shares(config)
+    for name, share in shared.items():
+        trained_on = name in problem.constraints or name == problem.optimize or (problem.optimize == "all" and share)
+        if not trained_on:
+            why = "has a share, but is neither optimised nor constrained" if share else "has weight 0"
+            warnings.append(f"objective {name!r} {why}: it is watched, not trained on")
+    if problem.optimize == "kl" and config.trl.get("beta"):
+        warnings.append(
+            f"weighting.optimize=kl and trl.beta={config.trl['beta']} both keep the policy near the reference: that counts "
+            "twice; leave trl.beta out"
+        )
+    from_start = any(c.threshold == "initial" for c in problem.constraints.values())
+    if from_start and evaluation.temperature != config.rollout.temperature:
+        warnings.append(
+            f"thresholds `initial` are measured at evaluation.temperature={evaluation.temperature}, and held at "
+            f"rollout.temperature={config.rollout.temperature}: give both the same, or thresholds in numbers"
+        )
+    if weighting.delay >= config.steps:
+        warnings.append(f"weighting.delay={weighting.delay} leaves no step of {config.steps} in which multipliers move")
+    return warnings
 
 
 def _on_estimator(config: Config) -> list[str]:

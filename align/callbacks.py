@@ -1,7 +1,7 @@
 """Callbacks of transformers' Trainer: when to evaluate and save, the progress bar, and stopping on a signal."""
 
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -65,11 +65,18 @@ def _share(logs: dict[str, Any], name: str) -> str:
 
 
 class ProgressCallback(TrainerCallback):
-    """A progress bar with the mean of every objective, and a line per evaluation."""
+    """A progress bar with the mean of every objective, and a line per evaluation.
 
-    def __init__(self, objectives: Sequence[str], steps: int):
+    Args:
+        objectives: Their names.
+        steps: Of the whole run.
+        constraints: Kind of the constraint, by objective, where the scheme holds any.
+    """
+
+    def __init__(self, objectives: Sequence[str], steps: int, constraints: Mapping[str, str]):
         self._objectives = objectives
         self._steps = steps
+        self._constraints = constraints
         self._bar: tqdm | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -94,8 +101,18 @@ class ProgressCallback(TrainerCallback):
             tqdm.write(f"step {state.global_step:>5}  held-out: {values}  hypervolume {logs['eval_hypervolume']:.3f}")
         elif "loss" in logs:
             means = {name: logs.get(f"objectives/{name}/mean") for name in self._objectives}
-            self._bar.set_postfix({name: f"{mean:.2f}" for name, mean in means.items() if mean is not None}, refresh=False)
+            shown = {n: f"{mean:.2f}{self._constraint(logs, n)}" for n, mean in means.items() if mean is not None}
+            self._bar.set_postfix(shown, refresh=False)
             self._bar.update(state.global_step - self._bar.n)
+
+    def _constraint(self, logs: dict[str, Any], name: str) -> str:
+        """The constraint on an objective, with a mark where it is violated (a value is never quite `equal`)."""
+        threshold, violation = (logs.get(f"weighting/{key}/{name}") for key in ("threshold", "violation"))
+        if name not in self._constraints or threshold is None:
+            return ""
+        kind = self._constraints[name]
+        violated = kind != "equal" and violation is not None and violation > 0
+        return f" ({kind.replace('_', ' ')} {threshold:.2f}{'!' if violated else ''})"
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Close the bar."""

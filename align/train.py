@@ -22,6 +22,7 @@ from align.advice import advise, advise_on_prompts
 from align.build import PromptSets, build_bus, check_shares, load_prompts, load_tokenizer, locate_policy, objectives_of
 from align.checkpoint import read_state
 from align.config import shares
+from align.config.lagrangian_rules import constraint_kinds
 from align.files import replace_text
 from align.guard import check_imports
 from align.launch import add_train_arguments, quiet, relaunch_on_cpu, share_cores, told_to_use_cpu
@@ -157,7 +158,8 @@ def _run(run: Run, built: Built) -> int:
     schedule = Schedule(config.steps, config.evaluation.every, config.checkpoint.every)
     stop = StopSignal()
     on_schedule = ScheduleCallback(schedule, lambda: stop.requested)
-    progress = ProgressCallback(list(config.objectives), config.steps)
+    kinds = constraint_kinds(config, shares(config))
+    progress = ProgressCallback(list(config.objectives), config.steps, kinds)
     learner = build_learner(run, built, schedule, [on_schedule, progress])
     start, done = time.perf_counter(), read_state(Path(run.checkpoint)).step if run.checkpoint else 0
     try:

@@ -1,7 +1,7 @@
 """Options of the `lagrangian` scheme, and the problem that they pose: what is optimised under which constraints."""
 
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -16,7 +16,21 @@ from pydantic import (
 
 from align.config.base import Name, Section, Signal, Weighting, Weights, as_section
 
-Threshold = FiniteFloat | Literal["initial"]
+
+def _number_or_word(value: Any) -> Any:
+    """Says in one sentence what a union of types would say in two."""
+    if isinstance(value, str) and value != "initial":
+        try:
+            return float(value)
+        except ValueError:
+            raise ValueError(f"{value!r} is neither a number nor the word initial") from None
+    return value
+
+
+Threshold = Annotated[
+    FiniteFloat | Literal["initial"],
+    BeforeValidator(_number_or_word, json_schema_input_type=float | Literal["initial"]),
+]
 KINDS = ("at_least", "at_most", "equal")
 
 
@@ -55,8 +69,8 @@ class SgdDual(Section):
     """Multipliers by gradient descent through their squashing function, as published."""
 
     type: Literal["sgd"]
-    rate: PositiveFloat = 10.0
-    """Learning rate. The paper's 0.1 is taken some 200 times between two samplings, this one once."""
+    rate: PositiveFloat = 1.0
+    """Learning rate. The paper's 0.1 is taken some 200 times between two samplings, this one once; a large one swings."""
     momentum: float = Field(0.1, ge=0, lt=1)
     """Part of the last step that the next one repeats; much of it makes multipliers slow to turn round."""
 
@@ -67,7 +81,7 @@ class PidDual(Section):
     type: Literal["pid"]
     proportional: NonNegativeFloat = 10.0
     """Per unit of violation, of an objective scaled to [0, 1]."""
-    integral: NonNegativeFloat = 1.0
+    integral: NonNegativeFloat = 0.5
     """Per unit of violation and step."""
     derivative: NonNegativeFloat = 0.0
     """Per unit that the violation has just grown."""
@@ -119,8 +133,8 @@ class LagrangianWeighting(Weighting):
     optimize: Name | None = None
     """`kl` (stay near the reference policy), an objective, or `all` (the sum of the objectives by `weights`). Left out:
     `kl` where there are constraints, else the objective with the largest share."""
-    dual: DualConfig = SgdDual(type="sgd")
-    """How the multipliers move."""
+    dual: DualConfig = PidDual(type="pid")
+    """How the multipliers move. The controller holds a threshold; descent, as published, swings around it."""
     multiplier: float | None = Field(None, ge=-1, le=1)
     """Multiplier that constraints start with: 0.5 for at_least and at_most and 0 for equal when left out. Start high where
     an objective that is lost at first cannot be brought back."""

@@ -15,6 +15,12 @@ def posed(config: "Config", shares: Mapping[str, float]) -> Posed:
     return pose(config.weighting, shares, {name: o.direction == "maximize" for name, o in config.objectives.items()})
 
 
+def constraint_kinds(config: "Config", shares: Mapping[str, float]) -> dict[str, str]:
+    """The kind of every constrained objective; none under another scheme."""
+    constraints = posed(config, shares).constraints if config.weighting.type == "lagrangian" else {}
+    return {name: constraint.kind for name, constraint in constraints.items()}
+
+
 def lagrangian_problems(config: "Config", shares: Mapping[str, float]) -> list[str]:
     """Everything about the scheme that cannot be run as it stands."""
     if set(shares) != set(config.objectives):
