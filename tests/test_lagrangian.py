@@ -269,6 +269,13 @@ def test_equal_out_of_reach_from_above(dual):
     assert "a is 0.6, not equal 0.3" in state.remarks[0]
 
 
+@both_duals
+def test_a_long_violation_does_not_wind_the_multiplier_up(dual):
+    batches = [see(0.2, 0.5, 0.5)] * 300 + [see(0.9, 0.5, 0.5)] * 15
+    multiplier = walk(scheme_of(constraints={"a": {"at_least": 0.6}}, dual=dual), batches)[-1].memory["multiplier"]["a"]
+    assert multiplier < 0.9  # 300 steps up, yet on its way down within 15
+
+
 def test_constraints_that_do_not_go_together():
     states = walk(scheme_of(constraints=TWO, dual=PID), [see(0.3, 0.3, 0.5)] * 300)
     assert len(states[-1].remarks) == 3

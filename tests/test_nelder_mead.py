@@ -65,6 +65,16 @@ def test_a_round_that_shrinks_by_hand():
     assert nelder_mead.deviation(search) == 1.0  # of 0 and 2
 
 
+def test_a_contraction_worse_than_the_reflection_shrinks():
+    # 0 at .5, 1 at .6; r = .4 has .5, so contraction outside, .45, which has .7: worse than r, though better than .6.
+    search = nelder_mead.first(np.array([0.5]), 0.1)
+    for expected, value in ((0.5, 0.0), (0.6, 1.0), (0.4, 0.5), (0.45, 0.7)):
+        assert nelder_mead.ask(search) == pytest.approx([expected])
+        search = nelder_mead.tell(search, value)
+    assert search["phase"] == "fill"
+    np.testing.assert_allclose(search["points"], [[0.5], [0.55]])
+
+
 @pytest.mark.parametrize("name", ["bowl", "tilted"])
 def test_finds_the_minimum(name):
     search = nelder_mead.first(np.array([0.2, 0.5]), 0.1)
