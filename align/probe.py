@@ -65,13 +65,13 @@ class Probe:
         self._layers = layers
         self._objectives = objectives
         self._micro_batch_size = micro_batch_size
-        self._heard: list[_Pass] = []  # passes of the training step that is being listened to
+        self._heard: list[Pass] = []  # passes of the training step that is being listened to
 
     # --- the training step's own backward -----------------------------------------------------------------------------
 
     def listen(self, loss: Callable[[], torch.Tensor], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The training loss of a micro-batch, with hooks in place that read its backward; then call `hear`."""
-        this = _Pass(self._layers, len(batch["prompt_ids"]), batch["prompt_ids"].shape[1] + batch["completion_ids"].shape[1])
+        this = Pass(self._layers, len(batch["prompt_ids"]), batch["prompt_ids"].shape[1] + batch["completion_ids"].shape[1])
         value = this.forward(loss)
         this.advantages_B, this.advantages_BK = batch["advantages"], batch[OBJECTIVE_ADVANTAGES]
         self._heard.append(this)
@@ -99,7 +99,7 @@ class Probe:
             rows = rows[(torch.arange(self._options.samples, device=rows.device) * len(rows)) // self._options.samples]
         projected_KD = torch.zeros(1, device=rows.device)
         for part in rows.split(self._micro_batch_size):
-            this = _Pass(self._layers, len(part), tokens)
+            this = Pass(self._layers, len(part), tokens)
             this.advantages_B = torch.ones(len(part), device=part.device)
             this.advantages_BK = advantages_NK[part]
             value = this.forward(lambda part=part, ones=this.advantages_B: loss(part, ones))
@@ -138,7 +138,7 @@ class Probe:
         return dict(gram_metrics(gram_KK, self._objectives)) if finite else {}
 
 
-class _Pass:
+class Pass:
     """One forward and backward of B sequences with hooks in place.
 
     `advantages_B` are those that the loss was given, `advantages_BK` those of each objective alone. Once finished,
