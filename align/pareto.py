@@ -21,8 +21,8 @@ def hypervolume_gradient(point_K: np.ndarray, others_MK: np.ndarray, reference_K
     """Partial derivatives (K,) of the hypervolume of others + point with respect to the point.
 
     dHV / dv_k is the (K - 1)-dimensional volume of the face that moves: the box below v without axis k, less what the
-    others with p_k >= v_k dominate of it. All are 0 where the point is dominated or not above the reference
-    (Emmerich & Deutz 2012). Where the point ties with another one in an axis, this is the derivative upwards.
+    others with p_k >= v_k dominate of it. All are 0 where the point is dominated or below the reference
+    (Emmerich & Deutz 2012). Where it ties with another point or the reference in an axis, this is the derivative upwards.
 
     Args:
         point_K: v, the point that moves.
@@ -30,7 +30,7 @@ def hypervolume_gradient(point_K: np.ndarray, others_MK: np.ndarray, reference_K
         reference_K: Reference point.
     """
     gradient_K = np.zeros(len(point_K))
-    if not (point_K > reference_K).all() or (len(others_MK) and (others_MK > point_K).all(axis=1).any()):
+    if not (point_K >= reference_K).all() or (len(others_MK) and (others_MK > point_K).all(axis=1).any()):
         return gradient_K
     for k in range(len(point_K)):
         rest = np.arange(len(point_K)) != k

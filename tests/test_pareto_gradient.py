@@ -28,9 +28,13 @@ def test_gradient_between_two_neighbours_by_hand():
     assert hypervolume_gradient(np.array([0.5, 0.6]), others, np.zeros(2)) == pytest.approx([0.3, 0.3])
 
 
+def test_at_the_reference_an_objective_pulls_upwards():
+    assert hypervolume_gradient(np.array([0.5, 0.0]), NOBODY, np.zeros(2)) == pytest.approx([0.0, 0.5])
+
+
 def test_no_gradient_where_nothing_can_be_won():
     assert not hypervolume_gradient(np.array([0.2, 0.2]), np.array([[0.5, 0.5]]), np.zeros(2)).any()  # dominated
-    assert not hypervolume_gradient(np.array([0.5, 0.0]), NOBODY, np.zeros(2)).any()  # not above the reference
+    assert not hypervolume_gradient(np.array([0.5, -0.1]), NOBODY, np.zeros(2)).any()  # below the reference
     assert hypervolume_gradient(np.array([0.4]), np.empty((0, 1)), np.zeros(1)) == pytest.approx([1.0])
     assert not hypervolume_gradient(np.array([0.4]), np.array([[0.6]]), np.zeros(1)).any()
 

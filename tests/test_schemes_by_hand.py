@@ -32,7 +32,7 @@ def see(step: int = 0, rewards=None, **signals) -> Observation:
 
 
 def hypervolume_scales(points, **options) -> list[float]:
-    scheme = scheme_of(type="hypervolume", **options)
+    scheme = scheme_of(**{"type": "hypervolume", "reference": "initial", **options})
     state, scales = scheme.init(OBJECTIVES), []
     for count in range(1, len(points) + 1):
         state = scheme.update(state, see(count, validation=points[:count]))
@@ -70,7 +70,7 @@ def test_hypervolume_reference_in_raw_units():
 
 
 def test_hypervolume_published_placement_scales_the_weights():
-    scheme = scheme_of(type="hypervolume", scale=0.1, placement="rewards", weights={"a": 3, "b": 1})
+    scheme = scheme_of(type="hypervolume", scale=0.1, reference="initial", placement="rewards", weights={"a": 3, "b": 1})
     state = scheme.init(OBJECTIVES)
     for points in ([[0.2, 0.3]], [[0.2, 0.3], [0.4, 0.5]]):
         state = scheme.update(state, see(validation=points))
@@ -95,13 +95,21 @@ def test_hypervolume_passes_over_vectors_that_are_not_finite():
 
 
 def test_hypervolume_of_one_objective_is_its_gain():
-    scheme = scheme_of(type="hypervolume", scale=0.1)
+    scheme = scheme_of(type="hypervolume", scale=0.1, reference="initial")
     state = scheme.init(OBJECTIVES[:1])
     for points in ([[0.2]], [[0.2], [0.5]], [[0.2], [0.5], [0.4]]):
         state = scheme.update(state, see(rewards=np.zeros((1, 2, 1)), validation=points))
         assert state.weights_K == (1.0,)
     assert state.step_scale == 0.5
     assert state.memory["volume"] == pytest.approx(0.3)
+
+
+def test_hypervolume_does_not_count_what_is_only_watched():
+    # the first objective grows from .2 to .6, the second one, without a share, becomes worse: grown by .4
+    points = [[0.2, 0.9], [0.6, 0.1]]
+    assert hypervolume_scales(points, scale=1.0, weights={"a": 1, "b": 0}) == pytest.approx(
+        [1.0, 0.5 + 1.5 * math.tanh(0.4)]
+    )
 
 
 def test_hypervolume_says_when_its_reference_is_never_left_behind():
@@ -139,6 +147,12 @@ def test_hypervolume_gradient_against_the_archive():
     # v = (.5, .5) behind (.6, .9): nearest way out is .1 to the right, so all weight goes to the first objective
     state = scheme.update(scheme.init(OBJECTIVES), see(validation=[[0.6, 0.9], [0.5, 0.5]]))
     assert state.weights_K == pytest.approx((1.0, 0.0))
+
+
+def test_hypervolume_gradient_lifts_an_objective_off_its_reference():
+    # at (0, .6) the derivatives are (.6, 0): all weight to the one that has nothing yet
+    scheme = scheme_of(type="hypervolume_gradient")
+    assert scheme.update(scheme.init(OBJECTIVES), see(validation=[[0.0, 0.6]])).weights_K == pytest.approx((1.0, 0.0))
 
 
 def test_hypervolume_gradient_below_its_reference_goes_back_to_it():
@@ -229,6 +243,16 @@ def test_pama_gives_all_to_the_weakest_positive_advantage():
     assert state.memory["positive_advantage"] == pytest.approx({"a": 0.25, "b": 0.05})
 
 
+def test_an_objective_that_says_nothing_does_not_take_all_the_weight():
+    # a is right everywhere, b differs: the weakest positive advantage would be a's 0, the shortest gradient a's
+    scheme = scheme_of(type="pama")
+    state = scheme.update(scheme.init(OBJECTIVES), see(0, [[[1.0, 0.6], [1.0, 0.4]]]))
+    assert state.weights_K == (0.5, 0.5)
+    scheme = scheme_of(type="mgda", weights={"a": 3, "b": 1})
+    for gram in ([[0.0, 0.0], [0.0, 1.0]], [[0.0, 0.0], [0.0, 0.0]]):
+        assert scheme.update(scheme.init(OBJECTIVES), see(gram=gram)).weights_K == pytest.approx((0.75, 0.25))
+
+
 def test_covariance_by_hand():
     # one group, advantages (1, -1): Cov(a) = ((.5)(1) + (-.5)(-1)) / (2 - 1) = 1; Cov(b) = (.1)(1) + (-.1)(-1) = .2
     rewards = np.ma.masked_invalid([[[1.0, 0.6], [0.0, 0.4]]])
@@ -262,6 +286,41 @@ def test_saturation_by_hand():
     for gamma, expected in ((1, (5 / 7, 2 / 7)), (2, (25 / 29, 4 / 29)), (0, (0.5, 0.5))):
         scheme = scheme_of(type="saturation", gamma=gamma)
         assert scheme.update(scheme.init(OBJECTIVES), see(0, rewards)).weights_K == pytest.approx(expected)
+
+
+def test_moving_averages_see_batches_between_two_moves():
+    # means of a: .2, .9, .2, .9 with average .5: .2, .55, .375, .6375
+    scheme = scheme_of(type="hypervolume_gradient", vector="batches", average=0.5, every=2, warm_up=1)
+    state = scheme.init(OBJECTIVES)
+    for step, mean in enumerate((0.2, 0.9, 0.2, 0.9)):
+        state = scheme.update(state, see(step, [[[mean, 0.5], [mean, 0.5]]]))
+    assert state.memory["vector"]["a"] == pytest.approx(0.6375)
+
+
+def test_the_pull_works_without_a_proposal():
+    scheme = scheme_of(type="hypervolume_gradient", pull=0.5, weights={"a": 1, "b": 1})
+    state = scheme.update(scheme.init(OBJECTIVES), see(validation=[[0.8, 0.2]]))  # (.2, .8) pulled to (.35, .65)
+    state = scheme.update(state, see(1))
+    assert state.weights_K == pytest.approx((0.425, 0.575))  # half the way back
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+def test_moves_keep_their_distance_where_batches_serve_several_updates(every):
+    """With S = 2 updates a batch a scheme is shown steps 0, 2, 4, ...: it moves at the first one that is late enough."""
+    scheme = scheme_of(type="variation", warm_up=1, every=every)
+    state, moves = scheme.init(OBJECTIVES), []
+    for step in range(0, 20, 2):
+        assert scheme.due(state, step) == (step >= 1 and (not moves or step - moves[-1] >= every))
+        state = scheme.update(state, see(step, [[[1.0, 0.6], [0.0, 0.4]]]))
+        if state.memory["moved"] == [step]:
+            moves.append(step)
+    assert moves == {1: list(range(2, 20, 2)), 2: list(range(2, 20, 2)), 3: [2, 6, 10, 14, 18], 5: [2, 8, 14]}[every]
+
+
+def test_the_first_weights_keep_to_the_ceiling():
+    assert scheme_of(type="variation", weights={"a": 9, "b": 1}, ceiling=0.6).init(OBJECTIVES).weights_K == pytest.approx(
+        (0.6, 0.4)
+    )
 
 
 def test_pull_smoothing_and_floor_in_one_move():

@@ -183,7 +183,7 @@ def test_metrics_by_hand():
 
 
 def test_the_log_ratio_to_the_reference_is_one_more_stream():
-    """All objectives constant; the sample nearer to the reference policy wins: -(.2), -(.6), mean -.4, rloo: +-.2 * 2 * .5."""
+    """All objectives constant; the sample nearer to the reference policy wins: -.2 and -.6, rloo +-.4, times .5."""
 
     class Near(Halves):
         needs = frozenset({Signal.KL})

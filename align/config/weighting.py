@@ -68,9 +68,9 @@ class HypervolumeWeighting(Weighting):
     type: Literal["hypervolume"]
     weights: Weights = {}
     """Share of each objective; equal ones when left out."""
-    reference: Reference = "initial"
-    """Reference point: where the initial policy stands, or a table in the units of the objectives (worst bound where
-    one is not named)."""
+    reference: Reference = {}
+    """Reference point: a table in the units of the objectives (worst bound where one is not named), or `initial`, where
+    the first evaluated policy stands (as published)."""
     scale: PositiveFloat | Literal["adaptive"] = "adaptive"
     """Growth, as a share of the volume within the bounds, at which the tanh reaches .76; `adaptive` is the mean growth
     of the evaluations that brought any."""
@@ -97,7 +97,8 @@ class HypervolumeGradientWeighting(Adaptive):
     against: Literal["archive", "reference"] = "reference"
     """Count only volume that no policy of the archive dominates yet, or all volume above the reference."""
     reference: Reference = {}
-    """Reference point: a table in the units of the objectives (worst bound where one is not named), or `initial`."""
+    """Reference point: a table in the units of the objectives (worst bound where one is not named), or `initial`,
+    where the first evaluated policy stands."""
 
     @property
     def needs(self) -> frozenset[Signal]:

@@ -1,6 +1,6 @@
 """What the schemes share that move weights on the simplex: prior, pull, smoothing, floor, ceiling, interval, warm-up."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,48 +8,47 @@ from typing import Any
 import numpy as np
 
 from align.config.weighting import Adaptive as Options
-from align.weighting.base import Observation, Signal, WeightState, shares
+from align.weighting.base import Observation, Scheme, Signal, WeightState, shares
 from rewards.types import Objective
 
 
 @dataclass(frozen=True)
-class Adaptive(ABC):
-    """Base of a scheme: `propose` says where the weights should go, this class how they get there.
+class Adaptive(Scheme):
+    """Base of a scheme: `propose` says where the weights should go, this class when and how they get there.
 
     Objectives whose share in `config.weights` is 0 are only watched: their weight stays 0 and `propose` never sees them.
-    An objective for which a proposal is NaN keeps its weight; without any proposal all do.
+    Without a proposal (NaN) an objective keeps its weight, up to the pull and the bounds. Every batch is shown to
+    `propose`, also while no move is due, so that moving averages miss none.
     """
 
     config: Options
 
-    @property
-    def needs(self) -> frozenset[Signal]:
-        """What the scheme looks at besides rewards."""
-        return self.config.needs
-
     def init(self, objectives: Sequence[Objective]) -> WeightState:
-        """The user's shares."""
-        prior_K = shares(self.config.weights, objectives)
-        pairs = [[objective.name, share] for objective, share in zip(objectives, prior_K, strict=True)]
-        shared = [objective for objective, share in zip(objectives, prior_K, strict=True) if share > 0]
-        return WeightState(prior_K, step_scale=1.0, memory={"prior": pairs, **self.remember(shared)})
+        """The user's shares, within floor and ceiling."""
+        prior_K = np.array(shares(self.config.weights, objectives))
+        pairs = [[objective.name, share] for objective, share in zip(objectives, prior_K.tolist(), strict=True)]
+        shared = np.flatnonzero(prior_K > 0)
+        weights_K = np.zeros(len(prior_K))
+        weights_K[shared] = bounded(prior_K[shared], self.config.floor, self.config.ceiling)
+        memory = {"prior": pairs, "moved": [], **self.remember([objectives[k] for k in shared])}
+        return WeightState(tuple(weights_K.tolist()), step_scale=1.0, memory=memory)
 
-    def due(self, step: int) -> bool:
-        """Whether the weights move at `step`."""
-        return step >= self.config.warm_up and (step - self.config.warm_up) % self.config.every == 0
+    def due(self, state: WeightState, step: int) -> bool:
+        """Whether the weights move at `step`: after the warm-up, and `every` steps after the last move."""
+        moved = state.memory["moved"]
+        return step >= self.config.warm_up and (not moved or step - moved[0] >= self.config.every)
 
     def update(self, state: WeightState, observation: Observation) -> WeightState:
-        """The weights after one move; the same ones when none is due."""
-        if not self.due(observation.step):
-            return state
+        """The weights after one move, where one is due; what is remembered, in any case."""
         prior_K = np.array([share for _, share in state.memory["prior"]])
         names = [name for name, share in state.memory["prior"] if share > 0]
         shared = np.flatnonzero(prior_K > 0)
-        weights = np.array(state.weights_K)[shared]
-        proposal, memory = self.propose(weights, prior_K[shared], state.memory, _only(observation, shared))
+        weights_K = np.array(state.weights_K)
+        proposal, memory = self.propose(weights_K[shared], prior_K[shared], state.memory, _only(observation, shared))
         tables = {key: named(names, value) if isinstance(value, np.ndarray) else value for key, value in memory.items()}
-        weights_K = np.zeros(len(prior_K))
-        weights_K[shared] = settle(weights, proposal, prior_K[shared], self.config)
+        if self.due(state, observation.step):
+            weights_K[shared] = settle(weights_K[shared], proposal, prior_K[shared], self.config)
+            tables["moved"] = [observation.step]
         return replace(state, weights_K=tuple(weights_K.tolist()), memory={**state.memory, **tables})
 
     def remember(self, objectives: Sequence[Objective]) -> Mapping[str, Any]:
@@ -89,13 +88,14 @@ def named(names: Sequence[str], values: np.ndarray) -> dict[str, float]:
 def settle(weights_K: np.ndarray, proposal_K: np.ndarray, prior_K: np.ndarray, options: Options) -> np.ndarray:
     """One move of the weights towards a proposal: w' = P(s w + (1 - s) ((1 - p) q + p prior)).
 
-    q is the proposal on the simplex, p the pull, s the smoothing, P the projection onto floor and ceiling.
+    q is the proposal on the simplex (where it is NaN or sums to 0, the weights as they are), p the pull, s the smoothing,
+    P the projection onto floor and ceiling.
     """
     seen = np.isfinite(proposal_K)
     total = proposal_K[seen].sum()
-    if not total > 0:
-        return bounded(weights_K, options.floor, options.ceiling)
-    wanted_K = np.where(seen, proposal_K / total * (1 - weights_K[~seen].sum()), weights_K)
+    wanted_K = weights_K
+    if total > 0:
+        wanted_K = np.where(seen, proposal_K / total * (1 - weights_K[~seen].sum()), weights_K)
     wanted_K = (1 - options.pull) * wanted_K + options.pull * prior_K
     return bounded(options.smoothing * weights_K + (1 - options.smoothing) * wanted_K, options.floor, options.ceiling)
 

@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from align.config.weighting import Signal
+from align.config.base import Signal, Weighting
 from rewards.types import Objective
 
 
@@ -61,25 +62,27 @@ class WeightState:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
 
 
-class Scheme(Protocol):
-    """A weighting scheme: pure functions of its configuration."""
+class Scheme(ABC):
+    """A weighting scheme: pure functions of its configuration. Subclasses are frozen dataclasses with a `config`."""
+
+    config: Weighting
 
     @property
     def needs(self) -> frozenset[Signal]:
         """What it looks at besides the rewards of the batch."""
-        ...
+        return self.config.needs
 
-    def due(self, step: int) -> bool:
-        """Whether the update of the batch at `step` will look at the signals."""
-        ...
+    def due(self, state: WeightState, step: int) -> bool:
+        """Whether the batch at `step` may move the weights of a state; signals that cost something wait for it."""
+        return True
 
+    @abstractmethod
     def init(self, objectives: Sequence[Objective]) -> WeightState:
         """The state before the first step."""
-        ...
 
+    @abstractmethod
     def update(self, state: WeightState, observation: Observation) -> WeightState:
         """The state that acts on the observed batch."""
-        ...
 
 
 def shares(weights: Mapping[str, float], objectives: Sequence[Objective]) -> tuple[float, ...]:
@@ -89,7 +92,9 @@ def shares(weights: Mapping[str, float], objectives: Sequence[Objective]) -> tup
     return tuple(weights[objective.name] / total for objective in objectives)
 
 
-def finite_vectors(observation: Observation, objectives: int) -> np.ndarray:
-    """Held-out vectors (M, K) with a value for every objective; M is 0 before the first."""
-    points_MK = observation.signals.get(Signal.VALIDATION, np.empty((0, objectives)))
+def finite_vectors(observation: Observation, columns: Sequence[int]) -> np.ndarray:
+    """Held-out vectors (M, columns) with a value for all of some objectives; M is 0 before the first."""
+    if Signal.VALIDATION not in observation.signals:
+        return np.empty((0, len(columns)))
+    points_MK = observation.signals[Signal.VALIDATION][:, columns]
     return points_MK[np.isfinite(points_MK).all(axis=1)]

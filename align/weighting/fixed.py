@@ -4,24 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from align.config.weighting import FixedWeighting
-from align.weighting.base import Observation, Signal, WeightState, shares
+from align.weighting.base import Observation, Scheme, WeightState, shares
 from rewards.types import Objective
 
 
 @dataclass(frozen=True)
-class Fixed:
+class Fixed(Scheme):
     """Linear scalarisation with constant weights w on the simplex."""
 
     config: FixedWeighting
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        """Nothing."""
-        return self.config.needs
-
-    def due(self, step: int) -> bool:
-        """Never: no signal is looked at."""
-        return False
 
     def init(self, objectives: Sequence[Objective]) -> WeightState:
         """The configured weights, divided by their sum."""

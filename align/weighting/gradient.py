@@ -43,7 +43,8 @@ class Mgda(Adaptive):
 
     w = argmin_{w in simplex} w^T gram w; a step along sum_k w_k g_k then worsens no objective, to first order. With
     `unit` the gradients are brought to length one first. The user's shares say only which objectives take part, and
-    where `pull` goes.
+    where `pull` goes. Departure: an objective without any gradient in a batch keeps its weight (the shortest mixture would
+    be its 0, and nothing would be trained).
     """
 
     config: MgdaWeighting
@@ -55,7 +56,11 @@ class Mgda(Adaptive):
         if Signal.GRAM not in observation.signals:
             return np.full(len(prior_K), np.nan), {}
         gram_KK = observation.signals[Signal.GRAM]
-        wanted_K = min_norm(cosines(gram_KK) if self.config.unit else gram_KK)
+        speaks = np.flatnonzero(gram_KK.diagonal() > 0)
+        wanted_K = np.full(len(prior_K), np.nan)
+        if speaks.size:
+            chosen_KK = cosines(gram_KK) if self.config.unit else gram_KK
+            wanted_K[speaks] = min_norm(chosen_KK[np.ix_(speaks, speaks)])
         return wanted_K, {"min_norm": wanted_K}
 
 
@@ -77,15 +82,12 @@ def cosines(gram_KK: np.ndarray) -> np.ndarray:
 
 
 def min_norm(gram_KK: np.ndarray) -> np.ndarray:
-    """argmin of w^T gram w over the simplex (K,); of several the one that spreads most evenly.
+    """argmin of w^T gram w over the simplex (K,), for a diagonal that is not all 0; of several the most even one.
 
     With gram = L L^T it is the non-negative least-squares problem min |L^T u|^2 + (1 - sum u)^2, whose solution is in
     proportion to w (the minimum over the scale of u keeps its direction).
     """
-    scale = gram_KK.diagonal().max()
-    if not scale > 0:
-        return np.full(len(gram_KK), 1 / len(gram_KK))
-    values, vectors = np.linalg.eigh(gram_KK / scale)
+    values, vectors = np.linalg.eigh(gram_KK / gram_KK.diagonal().max())
     root = (vectors * np.sqrt(np.maximum(values, 0.0) + 1e-9)).T  # the small ridge picks the even one of equal minima
     solution, _ = nnls(np.vstack([root, np.ones(len(gram_KK))]), np.append(np.zeros(len(gram_KK)), 1.0))
     return solution / solution.sum()

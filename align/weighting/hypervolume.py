@@ -10,12 +10,12 @@ import numpy as np
 from align.archive import reference_vector
 from align.config.weighting import HypervolumeWeighting
 from align.pareto import hypervolume
-from align.weighting.base import Observation, Signal, WeightState, finite_vectors, shares
+from align.weighting.base import Observation, Scheme, WeightState, finite_vectors, shares
 from rewards.types import Objective
 
 
 @dataclass(frozen=True)
-class Hypervolume:
+class Hypervolume(Scheme):
     """Meta-reward of dynamic reward weighting (2509.11452).
 
     m = 0.5 + 1.5 tanh(max(dHV, 0) / scale) in [0.5, 2), with dHV the growth of the dominated volume that the newest
@@ -26,26 +26,19 @@ class Hypervolume:
     newest included, 1 before there is one); m multiplies the advantages after normalisation (the paper's place, the
     rewards before it, is an option, but a standard deviation takes the factor out again); a vector that is not above
     the reference point in every objective adds nothing; `mean_one` divides m by its running mean over evaluations; the
-    weights are the archive's usable points and are never pruned by hand, so a resumed run sees the same buffer.
+    buffer is the run's own archive, so that a resumed run sees the same one. Objectives without a share are no axes.
     """
 
     config: HypervolumeWeighting
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        """Held-out vectors."""
-        return self.config.needs
-
-    def due(self, step: int) -> bool:
-        """At every step: a new vector may be there."""
-        return True
 
     def init(self, objectives: Sequence[Objective]) -> WeightState:
         """The user's shares, and nothing seen."""
         weights_K = shares(self.config.weights, objectives)
         reference = self.config.reference
-        fixed = [] if reference == "initial" else reference_vector(reference, objectives).tolist()
+        shared = [objective for objective, share in zip(objectives, weights_K, strict=True) if share > 0]
+        fixed = [] if reference == "initial" else reference_vector(reference, shared).tolist()
         memory = {
+            "shares": list(weights_K),
             "reference_vector": fixed,
             "seen": 0,
             "volume": 0.0,
@@ -54,11 +47,11 @@ class Hypervolume:
             "growth_mean": 0.0,
             "scale_mean": 0.0,
         }
-        return WeightState(weights_K, step_scale=1.0, memory=memory | {"shares": list(weights_K)})
+        return WeightState(weights_K, step_scale=1.0, memory=memory)
 
     def update(self, state: WeightState, observation: Observation) -> WeightState:
         """The scale that the newest held-out vectors give; the same one while there is no new vector."""
-        points_MK = finite_vectors(observation, len(state.weights_K))
+        points_MK = finite_vectors(observation, np.flatnonzero(state.memory["shares"]))
         if len(points_MK) <= state.memory["seen"]:
             return state
         memory = dict(state.memory)
@@ -95,7 +88,7 @@ def _remarks(state: WeightState, volume: float, points_MK: np.ndarray) -> tuple[
     if volume > 0 or len(points_MK) < 4:
         return state.remarks
     remark = (
-        "after three evaluations no policy is above the reference point in every objective, so the hypervolume is 0 and the "
-        "step scale stays at .5: set weighting.reference to a table of worse values"
+        "after three evaluations no policy is above the reference point in every objective, so the hypervolume is 0 and "
+        "does not grow: set weighting.reference to a table of worse values, or to {} for the worst bounds"
     )
     return state.remarks if remark in state.remarks else (*state.remarks, remark)

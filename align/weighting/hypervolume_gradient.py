@@ -35,11 +35,11 @@ class HypervolumeGradient(Adaptive):
         self, weights_K: np.ndarray, prior_K: np.ndarray, memory: Mapping[str, Any], observation: Observation
     ) -> tuple[np.ndarray, Mapping[str, Any]]:
         """The prior times the derivatives, or times the move to the front."""
-        points_MK = finite_vectors(observation, len(prior_K))
+        points_MK = finite_vectors(observation, range(len(prior_K)))
         reference = memory["reference_vector"] or (points_MK[0].tolist() if len(points_MK) else [])
         known = {"reference_vector": reference}
         if self.config.vector == "batches":
-            vector_K = self._moved_average(memory.get("vector", {}), observation.rewards_PGK)
+            vector_K = self._moved_average(memory, observation.rewards_PGK)
         else:
             vector_K = points_MK[-1] if len(points_MK) else np.full(len(prior_K), np.nan)
         known["vector"] = vector_K
@@ -51,10 +51,9 @@ class HypervolumeGradient(Adaptive):
         direction_K = derivative_K if derivative_K.any() else to_the_front(vector_K, others_MK, reference_K)
         return prior_K * direction_K, {**known, "direction": direction_K}
 
-    def _moved_average(self, average: Mapping[str, float], rewards_PGK: np.ndarray) -> np.ndarray:
-        """Moving average (K,) of batch means, started at the first; an unseen objective keeps its own."""
-        present = np.ma.masked_invalid(rewards_PGK)
-        mean_K = np.ma.filled(present.mean(axis=(0, 1)), np.nan)
-        before_K = np.array([*average.values()]) if len(average) == len(mean_K) else mean_K
-        mean_K = np.where(np.isfinite(mean_K), mean_K, before_K)
-        return self.config.average * before_K + (1 - self.config.average) * mean_K
+    def _moved_average(self, memory: Mapping[str, Any], rewards_PGK: np.ndarray) -> np.ndarray:
+        """Moving average (K,) of batch means; each objective starts at its first, and keeps its own while unseen."""
+        mean_K = np.ma.filled(np.ma.masked_invalid(rewards_PGK).mean(axis=(0, 1)), np.nan)
+        before_K = np.array([memory.get("vector", {}).get(name, np.nan) for name, share in memory["prior"] if share > 0])
+        average_K = self.config.average * before_K + (1 - self.config.average) * mean_K
+        return np.where(np.isnan(before_K), mean_K, np.where(np.isnan(mean_K), before_K, average_K))

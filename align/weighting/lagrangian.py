@@ -9,7 +9,7 @@ import numpy as np
 
 from align.config.lagrangian import LagrangianWeighting, SgdDual, pose
 from align.weighting import threshold_search
-from align.weighting.base import Observation, Signal, WeightState, finite_vectors, shares
+from align.weighting.base import Observation, Scheme, WeightState, finite_vectors, shares
 from rewards.types import Objective
 
 PATIENCE = 20  # dual steps at the cap, with the constraint still violated, after which the user is told
@@ -74,7 +74,7 @@ class Held:
 
 
 @dataclass(frozen=True)
-class Lagrangian:
+class Lagrangian(Scheme):
     """Multipliers mix the advantages of what is optimised with those of the constrained objectives (2310.04373).
 
     With N constraints, m_i the squashed multipliers, theta_i the thresholds and R_i the batch means,
@@ -96,15 +96,6 @@ class Lagrangian:
 
     config: LagrangianWeighting
 
-    @property
-    def needs(self) -> frozenset[Signal]:
-        """Log-ratios where the KL is optimised, held-out vectors for thresholds that are `initial` or searched."""
-        return self.config.needs
-
-    def due(self, step: int) -> bool:
-        """Always."""
-        return True
-
     def init(self, objectives: Sequence[Objective]) -> WeightState:
         """Every multiplier where it starts."""
         names = [o.name for o in objectives]
@@ -117,7 +108,7 @@ class Lagrangian:
     def update(self, state: WeightState, observation: Observation) -> WeightState:
         """The multipliers after one dual step, and the weights that they make."""
         held = {name: Held(**entry) for name, entry in state.memory["constraints"].items()}
-        held_out_MK = finite_vectors(observation, len(state.weights_K))
+        held_out_MK = finite_vectors(observation, range(len(state.weights_K)))
         if len(held_out_MK):
             held = {n: replace(h, threshold=_initial(h, held_out_MK)) for n, h in held.items()}
         state, held = self._search(state, held, held_out_MK, observation.step)

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from align.config.weighting import ScheduleWeighting
-from align.weighting.base import Observation, Signal, WeightState, shares
+from align.weighting.base import Observation, Scheme, WeightState, shares
 from rewards.types import Objective
 
 
 @dataclass(frozen=True)
-class Scheduled:
+class Scheduled(Scheme):
     """Piecewise linear weights on the simplex.
 
     Between milestones (s_i, w_i) and (s_j, w_j), step s gets w = w_i + (w_j - w_i) (s - s_i) / (s_j - s_i), with each w
@@ -18,15 +18,6 @@ class Scheduled:
     """
 
     config: ScheduleWeighting
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        """Nothing."""
-        return self.config.needs
-
-    def due(self, step: int) -> bool:
-        """Never: no signal is looked at."""
-        return False
 
     def init(self, objectives: Sequence[Objective]) -> WeightState:
         """Every milestone as a point of the simplex, and the weights of step 0."""
