@@ -137,6 +137,8 @@ class Learner(GRPOTrainer):
         self._check_agreement(step)
         if Signal.GRAM in self.parts.rules.scheme.needs:
             self._probe.waiting_KK = NO_GRAM  # it has had its effect
+            if self._probe.ordinary and self.parts.rules.scheme.due(result.state, step + self.parts.plan.steps_per_batch):
+                output[OBJECTIVE_ADVANTAGES] = self._advantages_alone()
         local = slice(len(inputs) * self.accelerator.process_index, len(inputs) * (self.accelerator.process_index + 1))
         advantages_N = result.advantages_PG.reshape(-1)[local]
         self.parts.files.samples.write(step + 1, self._groups, self._scored, result.state.weights_K, advantages_N)
@@ -187,18 +189,17 @@ class Learner(GRPOTrainer):
             return super()._compute_loss(model, inputs)
         return self._probe.listen(lambda: GRPOTrainer._compute_loss(self, model, inputs), inputs)
 
-    def _probe_gradients(self, batch: dict[str, Any]) -> None:
-        """Before the update at which the scheme looks: a backward of its own; or mark the batch to be listened to."""
-        probe, scheme, plan, step = self._probe, self.parts.rules.scheme, self.parts.plan, self.state.global_step
-        due = scheme.due(step + plan.steps_per_batch) if probe.ordinary else scheme.due(step)
-        if not due:
-            return
-        start, first = time.perf_counter(), plan.samples_per_process * self.accelerator.process_index
-        local_NK = advantages_alone(self.parts.rules, self._gathered)[first : first + plan.samples_per_process]
-        advantages_NK = torch.tensor(local_NK, dtype=torch.float32, device=self.accelerator.device)
-        if probe.ordinary:
-            batch[OBJECTIVE_ADVANTAGES] = advantages_NK
-        elif probe.exact:
+    def _advantages_alone(self) -> torch.Tensor:
+        """Advantages of this process's samples under each objective alone (N, K)."""
+        count = self.parts.plan.samples_per_process
+        first = count * self.accelerator.process_index
+        local_NK = advantages_alone(self.parts.rules, self._gathered)[first : first + count]
+        return torch.tensor(local_NK, dtype=torch.float32, device=self.accelerator.device)
+
+    def _probe_gradients(self, batch: Mapping[str, Any]) -> None:
+        """Measure with backward passes of the probe's own, before the update of a batch."""
+        start, probe, advantages_NK = time.perf_counter(), self._probe, self._advantages_alone()
+        if probe.exact:
             with self.policy() as model:
                 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
                 self._add_metrics(probe.measure_exactly(self._policy_loss(model, batch), trained, advantages_NK))
@@ -330,7 +331,8 @@ class Learner(GRPOTrainer):
         if Signal.KL in needs:
             signals[Signal.KL] = self._log_ratios(output).reshape(-1, self.parts.rules.group_size)
         if Signal.GRAM in needs:
-            self._probe_gradients(output)
+            if not self._probe.ordinary and self.parts.rules.scheme.due(self.weight_state, self.state.global_step):
+                self._probe_gradients(output)
             if self._probe.waiting_KK.size:
                 signals[Signal.GRAM] = self._probe.waiting_KK
         return signals
