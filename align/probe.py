@@ -44,6 +44,10 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Policy loss of some rows of a process's batch under advantages (one per row), with the mean over these rows."""
 
 
+class ProbeError(ValueError):
+    """The policy at hand does not have what `weighting.probe` is to read."""
+
+
 class Probe:
     """Measures Gram matrices, and holds one until the scheme asks for it.
 
@@ -194,11 +198,11 @@ def build_probe(config: Config, model: PreTrainedModel, micro_batch_size: int, a
         aux_loss: Whether the loss holds a load-balancing term.
 
     Raises:
-        ValueError: Nothing that is trained has such features, or the ordinary backward is asked for where it does not do.
+        ProbeError: Nothing that is trained has such features, or the ordinary backward is asked for where it does not do.
     """
     options = config.weighting.probe
     if options.backward == "ordinary" and aux_loss:
-        raise ValueError(
+        raise ProbeError(
             "weighting.probe.backward=ordinary: the ordinary backward holds the gradient of this model's load-balancing "
             "loss too; take extra or auto, or set trl.router_aux_loss_coef to 0"
         )
@@ -208,14 +212,14 @@ def build_probe(config: Config, model: PreTrainedModel, micro_batch_size: int, a
 
 
 def find_layers(model: PreTrainedModel, options: ProbeConfig, seed: int) -> list[Layer]:
-    """Layers whose features are read. Raises ValueError where there are none."""
+    """Layers whose features are read. Raises ProbeError where there are none."""
     if options.features == "exact":
         return []
     layers = norm_layers(model) if options.features == "norms" else sketch_layers(model, options.size, seed)
     if not layers:
         what = "normalisation layer with weights" if options.features == "norms" else "linear or normalisation layer"
         other = "sketch or exact" if options.features == "norms" else "exact"
-        raise ValueError(
+        raise ProbeError(
             f"weighting.probe.features={options.features}: this policy trains no {what} (they are frozen, quantised or of "
             f"an unknown kind); take weighting.probe.features={other}"
         )

@@ -147,6 +147,7 @@ def _run(run: Run, built: Built) -> int:
 
     from align.callbacks import ProgressCallback, ScheduleCallback, StopSignal
     from align.missing import MissingRewardError
+    from align.probe import ProbeError
 
     config, state = run.config, PartialState()
     quiet()
@@ -160,7 +161,10 @@ def _run(run: Run, built: Built) -> int:
     on_schedule = ScheduleCallback(schedule, lambda: stop.requested)
     kinds = constraint_kinds(config, shares(config))
     progress = ProgressCallback(list(config.objectives), config.steps, kinds)
-    learner = build_learner(run, built, schedule, [on_schedule, progress])
+    try:
+        learner = build_learner(run, built, schedule, [on_schedule, progress])
+    except ProbeError as error:  # seen only once the policy is loaded
+        return _fail(error)
     start, done = time.perf_counter(), read_state(Path(run.checkpoint)).step if run.checkpoint else 0
     try:
         learner.train(resume_from_checkpoint=run.checkpoint or None)

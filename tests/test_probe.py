@@ -7,8 +7,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer, OlmoConfig, OlmoForCausalLM
 from trl import GRPOTrainer
 
+from align.build import locate_model
 from align.load import load_config
 from align.probe import OBJECTIVE_ADVANTAGES, Probe
 from align.probe_features import Matrix, Norm
@@ -254,3 +256,14 @@ def test_auto_takes_the_ordinary_backward_where_it_is_exact(make_learner):
     assert make_learner(auto, name="plain")._probe.ordinary
     assert not make_learner(auto, "--trl.beta=0.1", name="kl")._probe.ordinary
     assert not make_learner(auto, "--trl.loss_type=sapo", name="sapo")._probe.ordinary
+
+
+def test_a_policy_without_such_layers_is_refused_before_training(launch, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(locate_model("builtin:arithmetic"))
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    OlmoForCausalLM(OlmoConfig(vocab_size=258, **sizes)).save_pretrained(tmp_path / "olmo")  # its norms have no weights
+    tokenizer.save_pretrained(tmp_path / "olmo")
+    changes = [a for a in overrides(tmp_path / "run", f"--policy.model={tmp_path / 'olmo'}") if "fixed" not in a]
+    result = launch("align.train", *changes, "--weighting={type: gradient, probe: {features: norms}}")
+    assert result.returncode == 2, result.stderr
+    assert "error: weighting.probe.features=norms: this policy trains no normalisation layer with weights" in result.stderr
