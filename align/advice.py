@@ -5,10 +5,6 @@ from align.config import Config, Signal, shares
 from align.config.lagrangian_rules import posed
 from align.config.weighting import Adaptive
 
-STANDARDISING = ("normalize_then_sum", "mo_grpo", "dvao", "soft_min")  # combinations that leave the estimator its baseline
-ADDING = ("estimate_then_sum", "mo_grpo", "normalize_then_sum")  # the gradient is a weighted sum of the objectives'
-RESCALING = ("normalize_then_sum", "dvao", "soft_min", "product", "pareto_rank")  # blind to a common factor on all weights
-
 
 def advise(config: Config) -> list[str]:
     """Warnings about combinations of keys."""
@@ -48,30 +44,59 @@ def _on_moves(config: Config) -> list[str]:
             warnings.append("weighting.pull=1 holds the weights where they start")
     if weighting.type == "saturation" and not weighting.gamma:
         warnings.append("weighting.gamma=0 gives the same weights as weighting.type=fixed")
-    vectors = -(-config.steps // config.evaluation.every) if config.evaluation.every else 0
-    looks_once = weighting.type == "lagrangian" and weighting.search is None
-    if Signal.VALIDATION in weighting.needs and 0 < vectors < 5 and not looks_once:
+    if weighting.type == "saturation" and config.combination.type != weighting.combination:
         warnings.append(
-            f"evaluation.every={config.evaluation.every} brings a new vector only {vectors} times in {config.steps} steps: "
+            f"weighting.type=saturation is made for standardised objectives, but combination is {config.combination.type}: "
+            f"take {weighting.combination}"
+        )
+    return [*warnings, *_on_vectors(config)]
+
+
+def _on_vectors(config: Config) -> list[str]:
+    """Held-out vectors that come too seldom, or are not comparable to batches."""
+    weighting, evaluation, warnings = config.weighting, config.evaluation, []
+    if Signal.VALIDATION not in weighting.needs:
+        return []
+    vectors = (config.steps - 1) // evaluation.every if evaluation.every else 0  # the last step's comes too late
+    looks_once = weighting.type == "lagrangian" and weighting.search is None
+    if vectors < 5 and not looks_once:
+        warnings.append(
+            f"evaluation.every={config.evaluation.every} brings {vectors} new vectors in {config.steps} steps before "
+            "the last one: "
             f"weighting.type={weighting.type} can hardly follow"
         )
+    compared = weighting.type == "hypervolume_gradient" and weighting.vector == "batches"
+    if weighting.type == "lagrangian":
+        compared = any(c.threshold == "initial" for c in posed(config, shares(config)).constraints.values())
+    if compared and evaluation.temperature != config.rollout.temperature:
+        warnings.append(
+            f"weighting.type={weighting.type} compares held-out vectors (evaluation.temperature={evaluation.temperature}) "
+            f"with batches (rollout.temperature={config.rollout.temperature}): give both the same"
+        )
+    if weighting.type == "lagrangian" and weighting.search is not None:
+        constraints = len(posed(config, shares(config)).constraints)
+        if (constraints + 1) * evaluation.every > config.steps:
+            warnings.append(
+                f"weighting.search tries {constraints + 1} points before it makes its first choice, each for at least "
+                f"evaluation.every={evaluation.every} steps: {config.steps} steps are too few"
+            )
     return warnings
 
 
 def _on_gradients(config: Config) -> list[str]:
     """Weights made for a sum of gradients, and a combination that makes another step of them."""
-    weighting, combination = config.weighting.type, config.combination.type
-    if weighting not in ("gradient", "mgda") or combination in ADDING:
+    weighting, combination = config.weighting, config.combination
+    if Signal.GRAM not in weighting.needs or combination.adds:
         return []
     return [
-        f"combination {combination} does not add up the objectives' gradients, for which weighting.type={weighting} chooses "
-        "its weights: take estimate_then_sum"
+        f"combination {combination.type} does not add up the objectives' gradients, for which "
+        f"weighting.type={weighting.type} chooses its weights: take {weighting.combination}"
     ]
 
 
 def _on_constraints(config: Config) -> list[str]:
     """Constrained problems that are not quite the one that seems to be posed."""
-    weighting, evaluation, warnings = config.weighting, config.evaluation, []
+    weighting, warnings = config.weighting, []
     if weighting.type != "lagrangian":
         return []
     problem, shared = posed(config, shares(config)), shares(config)
@@ -85,12 +110,6 @@ def _on_constraints(config: Config) -> list[str]:
             f"weighting.optimize=kl and trl.beta={config.trl['beta']} both keep the policy near the reference: that counts "
             "twice; leave trl.beta out"
         )
-    from_start = any(c.threshold == "initial" for c in problem.constraints.values())
-    if from_start and evaluation.temperature != config.rollout.temperature:
-        warnings.append(
-            f"thresholds `initial` are measured at evaluation.temperature={evaluation.temperature}, and held at "
-            f"rollout.temperature={config.rollout.temperature}: give both the same, or thresholds in numbers"
-        )
     if weighting.delay >= config.steps:
         warnings.append(f"weighting.delay={weighting.delay} leaves no step of {config.steps} in which multipliers move")
     return warnings
@@ -99,7 +118,7 @@ def _on_constraints(config: Config) -> list[str]:
 def _on_estimator(config: Config) -> list[str]:
     """Options of the estimator that a combination which standardises by itself does not look at."""
     estimator, combination = config.estimator, config.combination
-    if combination.type not in STANDARDISING:
+    if not combination.standardises:
         return []
     standardises = f"combination {combination.type} divides by standard deviations itself"
     if estimator.type == "grpo" and estimator.scale != "group":
@@ -129,7 +148,7 @@ def _on_factor_on_rewards(config: Config) -> list[str]:
     if weighting.type != "hypervolume" or weighting.placement != "rewards":
         return []
     divides = estimator.scale != "none" if estimator.type == "grpo" else estimator.type == "reinforce" and estimator.whiten
-    if combination.type in RESCALING or (combination.type in ("sum_then_normalize", "chebyshev") and divides):
+    if combination.scale_free or (combination.type in ("sum_then_normalize", "chebyshev") and divides):
         return [
             f"weighting.placement=rewards: combination {combination.type} with estimator {estimator.type} takes a factor on "
             "all rewards out again, so the scheme has no effect; take weighting.placement=advantages"

@@ -69,16 +69,19 @@ def _apply(loaded: Any, override: str) -> None:
 
 
 def _switch_type(loaded: Any, table: str, kind: Any) -> None:
-    """Before `table.type=kind`: keep of the table only the keys that the new kind has too."""
+    """Before `table.type=kind`: keep of the table only the keys that mean the same to the new kind.
+
+    These are the ones that a base class of both kinds declares; a name that each declares by itself may mean two things.
+    """
     current = OmegaConf.select(loaded, table)
     if isinstance(current, str):  # `estimator: grpo` stands for `estimator: {type: grpo}`
         OmegaConf.update(loaded, table, {"type": current}, merge=False)
-    elif isinstance(current, DictConfig):
-        fields = [
-            m.model_fields for m in _kinds(Config, table.split(".")) if kind in get_args(m.model_fields["type"].annotation)
-        ]
-        if fields and current.get("type") != kind:
-            for key in [key for key in current if key not in fields[0]]:
+    elif isinstance(current, DictConfig) and current.get("type") != kind:
+        kinds = {get_args(m.model_fields["type"].annotation)[0]: m for m in _kinds(Config, table.split("."))}
+        if kind in kinds and current.get("type") in kinds:
+            shared = set(kinds[kind].__mro__) & set(kinds[current.type].__mro__)
+            kept = {key for base in shared for key in vars(base).get("__annotations__", {})}
+            for key in [key for key in current if key not in kept | {"type"}]:
                 del current[key]
 
 

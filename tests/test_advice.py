@@ -42,7 +42,7 @@ def test_options_of_the_estimator(combination, estimator):
         ("{type: fixed, weights: {accuracy: 1, brevity: 2, clarity: 1}}", "the sizes in weighting.weights have no effect"),
         ("{type: hypervolume, weights: {accuracy: 1, brevity: 2, clarity: 1}}", "the sizes in weighting.weights have no"),
         ("{type: hypervolume}", ""),
-        ("{type: saturation}", "weighting.type=saturation has no effect but where a weight reaches or leaves 0"),
+        ("{type: variation}", "weighting.type=variation has no effect but where a weight reaches or leaves 0"),
         ("{type: pama}", "weighting.type=pama has no effect but"),
         (
             "{type: schedule, weights: {accuracy: 1, brevity: 1, clarity: 1}, "

@@ -83,7 +83,25 @@ def test_their_neighbours_are_not(weighting, more):
         ({"type": "saturation", "every": 200}, (), "weighting.every=200 is more than the 160 steps"),
         ({"type": "variation", "pull": 1.0}, (), "weighting.pull=1 holds the weights where they start"),
         ({"type": "saturation", "gamma": 0}, (), "weighting.gamma=0 gives the same weights as weighting.type=fixed"),
-        ({"type": "hypervolume"}, ("--evaluation.every=100",), "brings a new vector only 2 times"),
+        ({"type": "hypervolume"}, ("--evaluation.every=100",), "brings 1 new vectors in 160 steps"),
+        ({"type": "hypervolume"}, ("--evaluation.every=160",), "brings 0 new vectors in 160 steps"),
+        ({"type": "saturation"}, ("--combination=dvao",), "made for standardised objectives, but combination is dvao"),
+        (
+            {"type": "hypervolume_gradient", "vector": "batches", "against": "archive"},
+            ("--evaluation.temperature=0",),
+            "compares held-out vectors (evaluation.temperature=0.0) with batches (rollout.temperature=1.0)",
+        ),
+        (
+            {
+                "type": "lagrangian",
+                "weights": {"accuracy": 1, "brevity": 1, "clarity": 0},
+                "constraints": {"accuracy": {"equal": "initial"}, "brevity": {"equal": "initial"}},
+                "optimize": "kl",
+                "search": {"gold": "clarity"},
+            },
+            ("--steps=25",),
+            "weighting.search tries 3 points before it makes its first choice",
+        ),
         ({"type": "gradient"}, ("--combination=dvao",), "combination dvao does not add up the objectives' gradients"),
         ({"type": "mgda"}, ("--combination=soft_min",), "combination soft_min does not add up"),
         ({"type": "gradient"}, ("--estimator=grpo", "--combination=sum_then_normalize"), "does not add up"),
@@ -93,11 +111,15 @@ def test_choices_that_do_little_are_warned_of(weighting, more, warning):
     assert any(warning in line for line in advise(config_of(weighting, *more)))
 
 
-@pytest.mark.parametrize("kind", ["gradient", "mgda"])
-def test_gradient_schemes_take_the_combination_that_their_weights_are_for(kind):
-    data = [f"--weighting={{type: {kind}}}"]
-    assert load_config(QUICKSTART, data).combination.type == "estimate_then_sum"
-    assert not advise(load_config(QUICKSTART, data))
+@pytest.mark.parametrize(
+    ("kind", "combination"),
+    [("gradient", "estimate_then_sum"), ("mgda", "estimate_then_sum"), ("saturation", "normalize_then_sum"),
+     ("pama", "sum_then_normalize")],
+)  # fmt: skip
+def test_schemes_take_the_combination_that_their_weights_are_for(kind, combination):
+    config = load_config(QUICKSTART, [f"--weighting={{type: {kind}}}", "--estimator=grpo"])
+    assert config.combination.type == combination
+    assert not advise(config)
 
 
 def test_switching_the_type_keeps_what_the_new_one_has():
@@ -106,6 +128,11 @@ def test_switching_the_type_keeps_what_the_new_one_has():
     assert config.weighting.step_size == 0.2
     assert load_config(QUICKSTART, ["--estimator.type=rloo"]).estimator.type == "rloo"  # grpo's scale is gone
     assert load_config(QUICKSTART, ["--combination.type=dvao"]).combination.type == "dvao"
+    pulled = load_config(QUICKSTART, ["--weighting={type: saturation, pull: 0.1, gamma: 2}", "--weighting.type=covariance"])
+    assert pulled.weighting.pull == 0.1  # of all adaptive schemes; gamma is gone
+    bounded = ["--weighting={type: covariance, cap: 0.5, average: 0.5, floor: 0.1}", "--weighting.type=lagrangian"]
+    fresh = load_config(QUICKSTART, [*bounded, "--weighting.optimize=brevity"])
+    assert fresh.weighting.cap == 0.95  # a key of the same name, but of another meaning
     kept = load_config(QUICKSTART, ["--weighting.type=schedule"])
     assert kept.weighting.milestones  # the same type: nothing is dropped
     with pytest.raises(ConfigError, match=r"prompts\.train\.path is missing"):

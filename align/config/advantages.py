@@ -1,6 +1,6 @@
 """Options of the advantage estimators and of the combinations of objectives."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, FiniteFloat
 
@@ -37,45 +37,68 @@ EstimatorConfig = Annotated[
 ]
 
 
-class SumThenNormalize(Section):
+class Combination(Section):
+    """Base of the combinations, with what the rest of the configuration must know of them."""
+
+    standardises: ClassVar[bool] = False  # every objective by itself: options of the estimator have no effect
+    adds: ClassVar[bool] = False  # the gradient is a weighted sum of the objectives' own
+    scale_free: ClassVar[bool] = False  # a common factor on all weights has no effect
+
+
+class SumThenNormalize(Combination):
     """Weighted sum of the objectives, then the estimator."""
 
     type: Literal["sum_then_normalize"]
 
 
-class NormalizeThenSum(Section):
+class NormalizeThenSum(Combination):
     """Each objective standardised on its own, then the weighted sum, whitened over the batch (GDPO)."""
+
+    standardises: ClassVar[bool] = True
+    adds: ClassVar[bool] = True
+    scale_free: ClassVar[bool] = True
 
     type: Literal["normalize_then_sum"]
 
 
-class EstimateThenSum(Section):
+class EstimateThenSum(Combination):
     """The estimator on each objective alone, then the weighted sum: linear in the weights."""
+
+    adds: ClassVar[bool] = True
 
     type: Literal["estimate_then_sum"]
 
 
-class MoGrpo(Section):
+class MoGrpo(Combination):
     """Each objective standardised on its own, then the weighted sum, as it is (MO-GRPO)."""
+
+    standardises: ClassVar[bool] = True
+    adds: ClassVar[bool] = True
 
     type: Literal["mo_grpo"]
 
 
-class Dvao(Section):
+class Dvao(Combination):
     """Each objective standardised on its own, weighted by its spread too (DVAO)."""
+
+    standardises: ClassVar[bool] = True
+    scale_free: ClassVar[bool] = True
 
     type: Literal["dvao"]
 
 
-class SoftMin(Section):
+class SoftMin(Combination):
     """Each objective standardised on its own, then their soft minimum, whitened over the batch (RVPO)."""
+
+    standardises: ClassVar[bool] = True
+    scale_free: ClassVar[bool] = True
 
     type: Literal["soft_min"]
     kappa: FiniteFloat = Field(1.0, gt=0)
     """How strict: towards 0 the weighted mean of the standardised objectives, the larger the nearer to their minimum."""
 
 
-class Chebyshev(Section):
+class Chebyshev(Combination):
     """The weighted distance of a sample to the best bounds, in its worst objective, then the estimator."""
 
     type: Literal["chebyshev"]
@@ -83,16 +106,20 @@ class Chebyshev(Section):
     """Share of the weighted sum in it, which tells apart samples that are equal in the worst objective."""
 
 
-class Product(Section):
+class Product(Combination):
     """The product of what a sample has above the batch's worst in every objective, then the estimator (HVO)."""
+
+    scale_free: ClassVar[bool] = True
 
     type: Literal["product"]
     margin: FiniteFloat = Field(0.1, gt=0)
     """Distance of the point that is measured from below the worst of the batch, with objectives scaled to [0, 1]."""
 
 
-class ParetoRank(Section):
+class ParetoRank(Combination):
     """How often a sample's group has to be peeled until nothing dominates it, then the estimator."""
+
+    scale_free: ClassVar[bool] = True
 
     type: Literal["pareto_rank"]
 

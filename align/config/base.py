@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
@@ -36,6 +36,11 @@ class Signal(StrEnum):
 
 class Weighting(Section):
     """Base of the options of every weighting scheme."""
+
+    combination: ClassVar[str] = "sum_then_normalize"  # what its weights are made for
+
+    weights: Weights = {}
+    """Share of each objective; equal ones when left out. 0 only watches an objective."""
 
     @property
     def needs(self) -> frozenset[Signal]:

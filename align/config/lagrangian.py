@@ -1,7 +1,7 @@
 """Options of the `lagrangian` scheme, and the problem that they pose: what is optimised under which constraints."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BeforeValidator,
@@ -124,6 +124,8 @@ class SearchConfig(Section):
 class LagrangianWeighting(Weighting):
     """Optimise one thing under constraints on others: multipliers are the weights (constrained RLHF, 2310.04373)."""
 
+    combination: ClassVar[str] = "estimate_then_sum"
+
     type: Literal["lagrangian"]
     weights: Weights = {}
     """Shares, equal ones when left out. They say what `optimize: all` sums up and, where `optimize` or `constraints` is
@@ -162,7 +164,11 @@ class LagrangianWeighting(Weighting):
 
     def start(self, constraint: Constraint) -> float:
         """The multiplier that a constraint starts with."""
-        given = (constraint.multiplier, self.multiplier, 0.0 if constraint.kind == "equal" else min(0.5, self.cap))
+        given = (
+            constraint.multiplier,
+            self.multiplier,
+            0.0 if constraint.kind == "equal" else min(max(0.5, self.floor), self.cap),
+        )
         return next(value for value in given if value is not None)
 
 

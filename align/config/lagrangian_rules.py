@@ -131,9 +131,9 @@ def _search(config: "Config", problem: Posed, shares: Mapping[str, float]) -> li
 def _standardised(config: "Config") -> list[str]:
     """Whether streams are brought to one scale before multipliers mix them."""
     combination, estimator = config.combination.type, config.estimator
-    if combination in ("normalize_then_sum", "mo_grpo"):
+    if config.combination.adds and config.combination.standardises:
         return []
-    if combination != "estimate_then_sum":
+    if not config.combination.adds:
         return [
             f"combination={combination}: weighting.type=lagrangian mixes objectives that are standardised each on its own; "
             "take estimate_then_sum, normalize_then_sum or mo_grpo"

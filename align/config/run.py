@@ -2,20 +2,17 @@
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, FiniteFloat, PositiveInt, model_validator
 
 from align.config.advantages import CombinationConfig, EstimatorConfig, GrpoEstimator, SumThenNormalize
 from align.config.base import Name, Section
 from align.config.rules import contradictions
-from align.config.weighting import WeightingConfig
+from align.config.weighting import WeightingConfig, schemes
 from align.trl_options import check_trl_options
 
 # --- the policy -------------------------------------------------------------------------------------------------------
-
-
-MIXING = ("lagrangian", "gradient", "mgda")  # schemes whose weights are made for a sum of the objectives' advantages
 
 
 class LoraConfig(Section):
@@ -201,8 +198,9 @@ class Config(Section):
     weighting: WeightingConfig
     estimator: EstimatorConfig = GrpoEstimator(type="grpo")
     combination: CombinationConfig = SumThenNormalize(type="sum_then_normalize")
-    """Where the weights meet the rewards. Left out, it is sum_then_normalize, or estimate_then_sum under the schemes
-    `lagrangian`, `gradient` and `mgda`."""
+    """Where the weights meet the rewards. Left out, it is the one that the weights of the scheme are made for:
+    estimate_then_sum under `lagrangian`, `gradient` and `mgda`, normalize_then_sum under `saturation`, else
+    sum_then_normalize."""
     learner: LearnerConfig = LearnerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -212,10 +210,11 @@ class Config(Section):
     @model_validator(mode="before")
     @classmethod
     def _combination_of_scheme(cls, data: Any) -> Any:
-        """Where `combination` is left out, the scheme chooses it: multipliers and gradients mix objective by objective."""
+        """Where `combination` is left out, the scheme chooses it."""
         weighting = data.get("weighting") if isinstance(data, dict) else None
         kind = weighting.get("type") if isinstance(weighting, dict) else getattr(weighting, "type", None)
-        return {"combination": "estimate_then_sum"} | data if kind in MIXING else data
+        made_for = [scheme.combination for scheme in schemes() if kind in get_args(scheme.model_fields["type"].annotation)]
+        return {"combination": made_for[0]} | data if made_for else data
 
     @model_validator(mode="after")
     def _keys_agree(self) -> "Config":

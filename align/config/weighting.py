@@ -1,6 +1,6 @@
 """Options of the weighting schemes."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -66,8 +66,6 @@ class HypervolumeWeighting(Weighting):
     """Fixed weights, and steps scaled by how much the held-out hypervolume has just grown."""
 
     type: Literal["hypervolume"]
-    weights: Weights = {}
-    """Share of each objective; equal ones when left out."""
     reference: Reference = {}
     """Reference point: a table in the units of the objectives (worst bound where one is not named), or `initial`, where
     the first evaluated policy stands (as published)."""
@@ -125,6 +123,8 @@ class ProbeConfig(Section):
 class GradientWeighting(Adaptive):
     """Objectives whose gradient agrees with the others' gain weight: mirror ascent on their influence."""
 
+    combination: ClassVar[str] = "estimate_then_sum"
+
     type: Literal["gradient"]
     step_size: PositiveFloat = 0.1
     """Step of the mirror ascent: weights are multiplied by exp(step_size * influence)."""
@@ -142,6 +142,8 @@ class GradientWeighting(Adaptive):
 
 class MgdaWeighting(Adaptive):
     """The weights whose mixed gradient is shortest: a step along it worsens no objective."""
+
+    combination: ClassVar[str] = "estimate_then_sum"
 
     type: Literal["mgda"]
     unit: bool = False
@@ -190,6 +192,8 @@ class VariationWeighting(Adaptive):
 class SaturationWeighting(Adaptive):
     """The nearer an objective is to its best bound, the less it weighs (SA-MRPO)."""
 
+    combination: ClassVar[str] = "normalize_then_sum"
+
     type: Literal["saturation"]
     gamma: float = Field(1.0, ge=0)
     """Power of the distance from the best bound; 0 gives fixed weights."""
@@ -208,3 +212,8 @@ WeightingConfig = Annotated[
     FixedWeighting | ScheduleWeighting | HypervolumeWeighting | LagrangianWeighting | AdaptiveWeighting,
     Field(discriminator="type"),
 ]
+
+
+def schemes() -> tuple[type[Weighting], ...]:
+    """The options of every scheme."""
+    return get_args(get_args(WeightingConfig)[0])
