@@ -87,6 +87,10 @@ class Archive:
         if self._writes:
             replace_text(self._path, "".join(map(_line, self.points)))
 
+    def every_vector_MK(self) -> np.ndarray:
+        """Scaled vectors of all points, oldest first; NaN where an objective has no value."""
+        return np.array([p.vector_K(self._objectives) for p in self.points])
+
     def vectors_MK(self) -> np.ndarray:
         """Scaled vectors of the usable points (those with a value for every objective)."""
         return np.array([p.vector_K(self._objectives) for p in self.usable()])

@@ -117,6 +117,11 @@ def _whiten(total_PG: np.ndarray, rewards_PGK: np.ndarray) -> np.ndarray:
     return advantages.reinforce(np.where(left_out_PG, np.nan, total_PG), whiten=True)
 
 
-def objective_advantages(rewards_PGK: np.ndarray, estimator: EstimatorConfig) -> np.ndarray:
-    """Advantages (P, G, K) that each objective would give if it were the only one; 0 for samples that are left out."""
-    return np.stack([estimate(rewards_PGK[:, :, k], estimator) for k in range(rewards_PGK.shape[2])], axis=2)
+def objective_advantages(rewards_PGK: np.ndarray, estimator: EstimatorConfig, combination: CombinationConfig) -> np.ndarray:
+    """Advantages (P, G, K) that each objective would give if it were the only one; 0 for samples that are left out.
+
+    They are what a combination that adds objectives up adds up: standardised ones where it standardises by itself.
+    """
+    over_batch = estimator.type == "reinforce"
+    alone = (lambda r: _standardise(r, over_batch)) if combination.standardises else (lambda r: estimate(r, estimator))
+    return np.stack([alone(rewards_PGK[:, :, k]) for k in range(rewards_PGK.shape[2])], axis=2)

@@ -326,8 +326,8 @@ class Learner(GRPOTrainer):
         """What the scheme needs and can be had by now, and nothing else; `output` is the batch as TRL made it."""
         needs = self.parts.rules.scheme.needs
         signals = {}
-        if Signal.VALIDATION in needs and self.parts.archive.usable():
-            signals[Signal.VALIDATION] = self.parts.archive.vectors_MK()
+        if Signal.VALIDATION in needs and self.parts.archive.points:
+            signals[Signal.VALIDATION] = self.parts.archive.every_vector_MK()
         if Signal.KL in needs:
             signals[Signal.KL] = self._log_ratios(output).reshape(-1, self.parts.rules.group_size)
         if Signal.GRAM in needs:
@@ -341,10 +341,12 @@ class Learner(GRPOTrainer):
         """log pi(y) / pi_ref(y) of every sample of all processes (N,), summed over its tokens, nats."""
         tokens = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+        self.model.eval()  # as the reference policy is: without dropout
         with torch.no_grad():
             log_probs, *_ = self._get_per_token_logps_and_entropies(
                 self.model, tokens, mask, batch["completion_ids"].size(1), batch_size=self.args.per_device_train_batch_size
             )
+        self.model.train()
         ratios = ((log_probs - batch["ref_per_token_logps"]) * batch["completion_mask"]).sum(dim=1)
         return gather(ratios).double().cpu().numpy()
 

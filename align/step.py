@@ -82,7 +82,7 @@ def advantages_alone(rules: StepRules, matrix: RewardMatrix) -> np.ndarray:
     """Advantages (N, K) that each objective would give if it were the only one. Raises MissingRewardError."""
     refuse_missing(matrix)
     rewards_PGK = apply_missing(matrix.values_NK.reshape(-1, rules.group_size, len(rules.objectives)), rules.objectives)
-    return objective_advantages(rewards_PGK, rules.estimator).reshape(len(matrix.raw_NK), -1)
+    return objective_advantages(rewards_PGK, rules.estimator, rules.combination).reshape(len(matrix.raw_NK), -1)
 
 
 def _with_kl(rewards_PGK: np.ndarray, signals: Mapping[Signal, np.ndarray]) -> np.ndarray:

@@ -62,10 +62,10 @@ def test_sgd_with_momentum_for_at_least():
 
 
 def test_at_most_takes_weight_away_from_the_sum():
-    # theta .6, mean .8: e = .8 - .6 = .2, so l = .1 as above. Shares (.5, .3, .2) of 1 - m, less m for a.
+    # theta .6, mean .8: e = .8 - .6 = .2, so l = .1 as above. Shares over their mean, (1.5, .9, .6), of 1 - m, less m for a.
     scheme = scheme_of(weights={"a": 5, "b": 3, "c": 2}, constraints={"a": {"at_most": 0.6}}, optimize="all", dual=SGD)
     state = walk(scheme, [see(0.8, 0.5, 0.5)])[0]
-    assert state.weights_K == pytest.approx((0.5 * (1 - M) - M, 0.3 * (1 - M), 0.2 * (1 - M)))
+    assert state.weights_K == pytest.approx((1.5 * (1 - M) - M, 0.9 * (1 - M), 0.6 * (1 - M)))
 
 
 def test_equal_pushes_an_overshoot_back():

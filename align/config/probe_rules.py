@@ -35,6 +35,8 @@ def why_not_ordinary(config: "Config") -> list[str]:
     reasons, trl = [], config.trl
     if config.weighting.probe.features == "exact":
         reasons.append("exact needs backward passes of its own")
+    if config.weighting.type == "mgda" and not config.weighting.floor:
+        reasons.append("mgda brings weights to 0, and samples whose applied advantage is 0 cannot be read (floor is 0)")
     if trl.get("beta"):
         reasons.append(f"with trl.beta={trl['beta']} the ordinary backward holds the gradient of the KL penalty too")
     for key in ("entropy_coef", "use_adaptive_entropy"):

@@ -85,7 +85,8 @@ class Lagrangian(Scheme):
     sigmoid, for `equal` a tanh: then it may become negative and push back an objective that has overshot.
 
     The methods of the paper: mu-PPO is optimize kl with at_least, xi-PPO optimize kl with equal, All-PPO optimize all with
-    at_most. `kl` is minus the log-ratio to the reference policy, one more stream.
+    at_most. `kl` is minus the log-ratio to the reference policy, one more stream; A_opt of `all` is the sum of the
+    objectives, each times its share over the mean share.
 
     Departures: weights are divided by N, so that the size of an update does not grow with the constraints; thresholds and
     means are scaled by the bounds, so that one rate serves all; one dual step per batch, before the update, not one per
@@ -157,7 +158,9 @@ class Lagrangian(Scheme):
         """The state whose weights are those of the multipliers, with the tables that are logged."""
         optimize, names = state.memory["problem"]["optimize"], state.memory["problem"]["names"]
         left = 1 - sum(h.multiplier for h in held.values()) / max(len(held), 1)
-        part = dict(zip(names, state.memory["problem"]["shares"], strict=True)) if optimize == "all" else {optimize: 1.0}
+        shares_K = np.array(state.memory["problem"]["shares"])
+        whole = dict(zip(names, (shares_K * np.count_nonzero(shares_K)).tolist(), strict=True))
+        part = whole if optimize == "all" else {optimize: 1.0}
         weights = {name: left * part.get(name, 0.0) for name in names}
         for name, h in held.items():
             weights[name] += h.sign * h.multiplier / len(held)
