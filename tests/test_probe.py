@@ -32,11 +32,20 @@ def grams(monkeypatch) -> list[np.ndarray]:
 
 
 def plain_gradients(learner, batch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Parameters, and their gradients (K, ...) of TRL's whole loss under each objective's advantages."""
+    """Parameters, and their gradients (K, ...) of TRL's whole loss under each objective's advantages.
+
+    Where the probe takes a part of the samples, the others have an advantage of 0, and these have more for it.
+    """
     batch = dict(batch)
     parameters = [p for p in learner.model.parameters() if p.requires_grad]
     found = []
-    for column in torch.tensor(advantages_alone(learner.parts.rules, learner._gathered), dtype=torch.float32).T:
+    alone_NK = torch.tensor(advantages_alone(learner.parts.rules, learner._gathered), dtype=torch.float32)
+    probe = learner._probe
+    if not probe.exact and not probe.ordinary and probe._options.samples < len(alone_NK):
+        every = len(alone_NK) // probe._options.samples
+        alone_NK[torch.arange(len(alone_NK)) % every != 0] = 0.0
+        alone_NK *= every
+    for column in alone_NK.T:
         loss = GRPOTrainer._compute_loss(learner, learner.model, batch | {"advantages": column})
         if learner.loss_type != "dapo":
             loss = loss * learner.args.gradient_accumulation_steps  # it is divided by them, and this is all in one
@@ -69,6 +78,8 @@ def gram_of_sketches(layers, parameters, gradients) -> np.ndarray:
         (SKETCH.replace("BACKWARD", "extra"),),
         (SKETCH.replace("BACKWARD", "auto"), "--policy.lora.r=4", "--trl.gradient_checkpointing=true"),
         (SKETCH.replace("BACKWARD", "extra"), "--policy.lora.r=4", "--learner.micro_batch_size=8"),
+        (SKETCH.replace("BACKWARD", "extra").replace("16", "4"),),
+        (SKETCH.replace("BACKWARD", "extra").replace("16", "8"), "--trl.loss_type=grpo", "--learner.micro_batch_size=4"),
         (SKETCH.replace("BACKWARD", "ordinary"), "--learner.micro_batch_size=4", "--trl.gradient_checkpointing=true"),
         (SKETCH.replace("BACKWARD", "ordinary"), "--learner.micro_batch_size=4", "--trl.loss_type=grpo"),
         (SKETCH.replace("BACKWARD", "auto"), "--learner.micro_batch_size=4", "--trl.loss_type=grpo", "--trl.beta=0.1"),
@@ -80,6 +91,8 @@ def test_the_gram_matrix_is_that_of_plain_autograd(make_learner, grams, monkeypa
     for name, parameter in learner.model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
+        elif learner.beta:  # so that the penalty has a gradient, which must not be seen
+            parameter.data += 0.02 * torch.randn_like(parameter)
     generate, expected = GRPOTrainer._generate_and_score_completions, []
 
     def compare(learner, inputs):

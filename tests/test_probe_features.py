@@ -25,6 +25,7 @@ GROUPED = SIZES | {"num_key_value_heads": 1, "head_dim": 12}
 ADVANTAGES = torch.tensor([1.0, -0.5, 1e-5, 2.0])
 PROMPT, TOKENS = 4, 10  # the first prompts are padded on the left, the last completion on the right
 IDS = torch.randint(0, 41, (4, TOKENS), generator=torch.Generator().manual_seed(1))
+IDS[2, 5] = 0  # padding of the first model, whose row its embedding never trains
 MASK = torch.ones_like(IDS)
 MASK[0, :2] = MASK[1, :1] = MASK[3, 8:] = 0
 
@@ -193,9 +194,7 @@ def test_frozen_layers_are_refused_with_the_way_out():
     model = made(llama)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("norm" not in name)
-    with pytest.raises(
-        ValueError, match=r"weighting\.probe\.features=norms: this policy trains no norm.*=sketch or exact"
-    ):
+    with pytest.raises(ValueError, match=r"weighting\.probe\.features=norms: this policy trains no norm.*=sketch or exact"):
         find_layers(model, ProbeConfig(features="norms"), seed=0)
     assert not any(isinstance(layer, Norm) for layer in find_layers(model, ProbeConfig(features="sketch"), seed=0))
     model.requires_grad_(False)
