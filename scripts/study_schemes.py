@@ -58,8 +58,11 @@ SCHEMES = {
     "normalize_then_sum": fixed(0.5),
     "schedule": {
         "type": "schedule",
-        "weights": {"accuracy": 0.9, "brevity": 0.1},
-        "milestones": [{"step": 160, "weights": {"accuracy": 0.3, "brevity": 0.7}}],
+        "weights": {"accuracy": 0.8, "brevity": 0.2},
+        "milestones": [
+            {"step": 40, "weights": {"accuracy": 0.66, "brevity": 0.34}},
+            {"step": 160, "weights": {"accuracy": 0.54, "brevity": 0.46}},
+        ],
     },
 }
 
