@@ -1,15 +1,15 @@
 """The gradient probe: how near its Gram matrices are to those of full gradients, and what it costs.
 
     python scripts/bench_probe.py [--batches 20] [--rounds 12] [--only fidelity|cost] [--device-note TEXT]
-    python scripts/bench_probe.py --only cost --model-size 0.5b        # with a GPU
+    python scripts/bench_probe.py --only cost --policies 0.5b          # with a GPU
 
 Fidelity: the quickstart trains the shipped policy; at each batch, inner products of the full gradients of every two samples
 (one backward per sample) are compared with those of the features (correlation over all pairs), and so is what the scheme
 `gradient` makes of them, the influence of each objective (cosine). Cost: one run takes its steps by turns with fixed
-weights and with `gradient` weights, in changing order; its learning rate is 0 and the steps of a round sample with the same
-seed, so that they differ in nothing else. A step is sampling, scoring, update and log files; the ratio is taken round by
-round, of the time on the clock and, without a GPU, of processor time, which the machine's other work disturbs less. Tables
-are in Markdown; the last line is a JSON object.
+weights and with `gradient` weights, in changing order; its learning rate is 0 and the steps of a round have the same
+prompts and seed, so that they differ in nothing else. A step is sampling, scoring, update and log files; the ratio is taken
+round by round, of the time on the clock and of processor time, which the machine's other work disturbs less. Tables are in
+Markdown; the last line is a JSON object.
 """
 
 import argparse
@@ -61,12 +61,12 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=20, help="of the fidelity run")
     parser.add_argument("--rounds", type=int, default=12, help="of each cost run, besides the warm-up")
     parser.add_argument("--only", choices=("fidelity", "cost"))
-    parser.add_argument("--model-size", choices=tuple(SHAPES), default="25m", help="of the random policy of the cost runs")
     parser.add_argument("--objectives", type=int, nargs="+", default=[3, 8])
     parser.add_argument("--sides", nargs="+", choices=SIDES[1:], default=SIDES[1:])
     parser.add_argument(
-        "--shipped", action=argparse.BooleanOptionalAction, default=True, help="cost on the shipped policy too"
+        "--policies", nargs="+", choices=(*SHAPES, "shipped"), default=("25m", "shipped"), help="of cost runs"
     )
+    parser.add_argument("--size", type=int, default=ProbeConfig().size, help="of the sketch in the cost runs")
     parser.add_argument("--device-note", default="", help="what the figures were taken on")
     options = parser.parse_args()
     figures: dict[str, Any] = {"device": options.device_note, "threads": torch.get_num_threads()}
@@ -74,10 +74,8 @@ def main() -> None:
         figures["fidelity"] = fidelity(options.batches)
         print_fidelity(figures["fidelity"], options.batches)
     if options.only != "fidelity":
-        policies = [options.model_size, *(["shipped"] if options.shipped else [])]
-        figures["cost"] = [
-            cost(p, k, options.rounds, ("fixed", *options.sides)) for p in policies for k in options.objectives
-        ]
+        sides, size = ("fixed", *options.sides), options.size
+        figures["cost"] = [cost(p, k, options.rounds, sides, size) for p in options.policies for k in options.objectives]
         print_cost(figures["cost"])
     print(json.dumps(figures))
 
@@ -170,8 +168,9 @@ class Side:
 class Turns(TrainerCallback):
     """Puts the sides in place by turns, and measures their steps."""
 
-    def __init__(self, names: Sequence[str]):
+    def __init__(self, names: Sequence[str], size: int):
         self.names = names
+        self._size = size
         self.step = 0
         self.seconds: dict[str, list[float]] = {name: [] for name in names}
         self.processor_seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -187,9 +186,8 @@ class Turns(TrainerCallback):
     def _side(self, name: str) -> Side:
         config, objectives = self._learner.parts.config, self._learner.parts.rules.objectives
         weights = dict.fromkeys(config.objectives, 1.0)
-        options = GradientWeighting(
-            type="gradient", weights=weights, probe={"features": "exact" if name == "fixed" else name}
-        )
+        features = "exact" if name == "fixed" else name  # fixed weights ask nothing of it
+        options = GradientWeighting(type="gradient", weights=weights, probe={"features": features, "size": self._size})
         scheme = build_scheme(FixedWeighting(type="fixed", weights=weights) if name == "fixed" else options)
         of_side = config.model_copy(update={"weighting": options})
         probe = build_probe(of_side, self._learner.model, self._learner.parts.plan.micro_batch_size, aux_loss=False)
@@ -226,9 +224,10 @@ class Turns(TrainerCallback):
         self.step += 1
 
 
-def cost(policy: str, objectives: int, rounds: int, names: Sequence[str]) -> dict[str, Any]:
+def cost(policy: str, objectives: int, rounds: int, names: Sequence[str], size: int) -> dict[str, Any]:
     """Step times of the sides, and their ratios to fixed weights."""
-    turns = Turns(names)
+    turns = Turns(names, size)
+    align.learner.prompt_order = lambda count, total, _: np.arange(total) % count  # the same at every step
     with tempfile.TemporaryDirectory() as folder:
         steps = (rounds + WARM_UP) * len(names)
         shares = {f"share_{i}": {"reward": "scripts.bench_probe:share", "args": {"remainder": i}} for i in range(objectives)}
@@ -247,6 +246,7 @@ def cost(policy: str, objectives: int, rounds: int, names: Sequence[str]) -> dic
         "parameters": parameters,
         "objectives": objectives,
         "rounds": rounds,
+        "sketch_size": size,
         "step_s": {name: statistics.median(seconds) for name, seconds in turns.seconds.items()},
         "ratio": ratios(turns.seconds),
         "processor_ratio": ratios(turns.processor_seconds),
@@ -296,9 +296,10 @@ def print_cost(figures: Sequence[Mapping[str, Any]]) -> None:
         peak = row["peak_gib"]
         policy = f"{row['policy']} | {row['parameters'] / 1e6:.1f} M | {row['objectives']} | {row['step_s']['fixed']:.3f} s"
         for name in row["ratio"]:
+            label = f"sketch {row['sketch_size']}" if name == "sketch" else name
             cells = ["{:.3f} ({:.3f} to {:.3f})".format(*row[key][name]) for key in ("ratio", "processor_ratio")]
             cells.append(f"{peak[name]:.2f} GiB, fixed {peak['fixed']:.2f}" if peak else "-")
-            print(f"| {policy} | {name} | {' | '.join(cells)} |")
+            print(f"| {policy} | {label} | {' | '.join(cells)} |")
 
 
 def start(folder: Path, steps: int, changes: Sequence[str], callbacks: Sequence[TrainerCallback]) -> Any:
