@@ -111,7 +111,7 @@ class ProbeConfig(Section):
     features: Literal["exact", "norms", "sketch"] = "sketch"
     """All gradients in full (one backward per objective); only those of the normalisation layers; or a random two-sided
     projection of every trained matrix."""
-    size: PositiveInt = 16
+    size: PositiveInt = 8
     """Rows and columns of the projection of each matrix, for `sketch`."""
     backward: Literal["auto", "ordinary", "extra"] = "auto"
     """Read them off the training step's own backward (free, and the weights act from the next step on), or from an extra
