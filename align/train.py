@@ -21,7 +21,7 @@ from align import __version__
 from align.advice import advise, advise_on_prompts
 from align.build import PromptSets, build_bus, check_shares, load_prompts, load_tokenizer, locate_policy, objectives_of
 from align.checkpoint import read_state
-from align.config import shares
+from align.config import user_weights
 from align.config.lagrangian_rules import constraint_kinds
 from align.files import replace_text
 from align.guard import check_imports
@@ -159,7 +159,7 @@ def _run(run: Run, built: Built) -> int:
     schedule = Schedule(config.steps, config.evaluation.every, config.checkpoint.every)
     stop = StopSignal()
     on_schedule = ScheduleCallback(schedule, lambda: stop.requested)
-    kinds = constraint_kinds(config, shares(config))
+    kinds = constraint_kinds(config, user_weights(config))
     progress = ProgressCallback(list(config.objectives), config.steps, kinds)
     try:
         learner = build_learner(run, built, schedule, [on_schedule, progress])
@@ -200,7 +200,7 @@ def _write_folder(run: Run) -> None:
 
 def _summary(run: Run, built: Built) -> str:
     config, plan = run.config, built.plan
-    weights = "  ".join(f"{name} {weight:g}" for name, weight in shares(config).items())
+    weights = "  ".join(f"{name} {weight:g}" for name, weight in user_weights(config).items())
     lines = [
         f"run        {run.folder}" + (f" (from {run.checkpoint or 'the start'})" if run.resumed else ""),
         f"policy     {config.policy.model}",

@@ -2,8 +2,9 @@
 
 from align.config.advantages import CombinationConfig, EstimatorConfig
 from align.config.base import Section
-from align.config.rules import shares
-from align.config.run import AnySource, Config
+from align.config.rules import user_weights
+from align.config.run import Config
+from align.config.sections import AnySource
 from align.config.weighting import Signal, WeightingConfig
 
-__all__ = ["AnySource", "CombinationConfig", "Config", "EstimatorConfig", "Section", "Signal", "WeightingConfig", "shares"]
+__all__ = ["AnySource", "CombinationConfig", "Config", "EstimatorConfig", "Section", "Signal", "WeightingConfig", "user_weights"]

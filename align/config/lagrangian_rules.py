@@ -1,27 +1,24 @@
 """Rules of the `lagrangian` scheme: problems that cannot be posed as they stand, as sentences for the user."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from align.config.base import unknown_name
 from align.config.lagrangian import Constraint, LagrangianWeighting, Posed, pose
-
-if TYPE_CHECKING:
-    from align.config.run import Config, ObjectiveConfig
+from align.config.sections import Keys, ObjectiveConfig
 
 
-def posed(config: "Config", shares: Mapping[str, float]) -> Posed:
+def posed(config: Keys, shares: Mapping[str, float]) -> Posed:
     """The problem of a run; `shares` are those of all objectives."""
     return pose(config.weighting, shares, {name: o.direction == "maximize" for name, o in config.objectives.items()})
 
 
-def constraint_kinds(config: "Config", shares: Mapping[str, float]) -> dict[str, str]:
+def constraint_kinds(config: Keys, shares: Mapping[str, float]) -> dict[str, str]:
     """The kind of every constrained objective; none under another scheme."""
     constraints = posed(config, shares).constraints if config.weighting.type == "lagrangian" else {}
     return {name: constraint.kind for name, constraint in constraints.items()}
 
 
-def lagrangian_problems(config: "Config", shares: Mapping[str, float]) -> list[str]:
+def lagrangian_problems(config: Keys, shares: Mapping[str, float]) -> list[str]:
     """Everything about the scheme that cannot be run as it stands."""
     if set(shares) != set(config.objectives):
         return []  # said elsewhere
@@ -35,7 +32,7 @@ def lagrangian_problems(config: "Config", shares: Mapping[str, float]) -> list[s
     ]
 
 
-def _optimized(weighting: LagrangianWeighting, problem: Posed, objectives: "Mapping[str, ObjectiveConfig]") -> list[str]:
+def _optimized(weighting: LagrangianWeighting, problem: Posed, objectives: Mapping[str, ObjectiveConfig]) -> list[str]:
     words = {"kl", "all"}
     problems = [f"objectives.{name}: weighting.optimize has a meaning of its own for {name!r}; rename it"
                 for name in objectives if name in words]  # fmt: skip
@@ -55,7 +52,7 @@ def _optimized(weighting: LagrangianWeighting, problem: Posed, objectives: "Mapp
     return problems
 
 
-def _constraints(config: "Config", problem: Posed) -> list[str]:
+def _constraints(config: Keys, problem: Posed) -> list[str]:
     problems = []
     for name, constraint in config.weighting.constraints.items():
         key = f"weighting.constraints.{name}"
@@ -73,7 +70,7 @@ def _constraints(config: "Config", problem: Posed) -> list[str]:
     return problems
 
 
-def _threshold(key: str, constraint: Constraint, objective: "ObjectiveConfig") -> list[str]:
+def _threshold(key: str, constraint: Constraint, objective: ObjectiveConfig) -> list[str]:
     """Whether a mean can lie on both sides of the threshold."""
     (low, high), value = objective.bounds, constraint.threshold
     if low < value < high:
@@ -104,7 +101,7 @@ def _multipliers(weighting: LagrangianWeighting, problem: Posed) -> list[str]:
     return problems
 
 
-def _search(config: "Config", problem: Posed, shares: Mapping[str, float]) -> list[str]:
+def _search(config: Keys, problem: Posed, shares: Mapping[str, float]) -> list[str]:
     search = config.weighting.search
     if search is None:
         return []
@@ -128,7 +125,7 @@ def _search(config: "Config", problem: Posed, shares: Mapping[str, float]) -> li
     return problems
 
 
-def _standardised(config: "Config") -> list[str]:
+def _standardised(config: Keys) -> list[str]:
     """Whether streams are brought to one scale before multipliers mix them."""
     combination, estimator = config.combination.type, config.estimator
     if config.combination.adds and config.combination.standardises:

@@ -1,14 +1,11 @@
 """Rules of the gradient probe: when its figures can be had as the configuration says."""
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from align.config.run import Config
+from align.config.sections import Keys
 
 LINEAR_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")  # linear in the advantage for the policy that sampled; dapo is TRL's own
 
 
-def probe_problems(config: "Config") -> list[str]:
+def probe_problems(config: Keys) -> list[str]:
     """What about `weighting.probe` cannot be run as it stands."""
     probe, problems = config.weighting.probe, []
     if probe.features == "norms" and config.policy.lora is not None:
@@ -30,7 +27,7 @@ def probe_problems(config: "Config") -> list[str]:
     return problems
 
 
-def why_not_ordinary(config: "Config") -> list[str]:
+def why_not_ordinary(config: Keys) -> list[str]:
     """Reasons why the training step's own backward does not hold the objectives' gradients; none when it does."""
     reasons, trl = [], config.trl
     if config.weighting.probe.features == "exact":

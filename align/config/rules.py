@@ -2,18 +2,15 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 from align.config.base import unknown_name
 from align.config.lagrangian_rules import lagrangian_problems
 from align.config.probe_rules import probe_problems
+from align.config.sections import Keys, ObjectiveConfig
 from align.config.weighting import Adaptive, FixedWeighting, ScheduleWeighting, Signal
 
-if TYPE_CHECKING:
-    from align.config.run import Config, ObjectiveConfig
 
-
-def contradictions(config: "Config") -> list[str]:
+def contradictions(config: Keys) -> list[str]:
     """Everything that cannot be run as it stands; each sentence names the key, the value and the way out."""
     problems = [
         *_weights(config),
@@ -27,12 +24,12 @@ def contradictions(config: "Config") -> list[str]:
     return problems
 
 
-def shares(config: "Config") -> dict[str, float]:
+def user_weights(config: Keys) -> dict[str, float]:
     """The user's share of each objective: `weighting.weights`, or equal ones where the scheme lets them be left out."""
     return dict(config.weighting.weights) or dict.fromkeys(config.objectives, 1.0)
 
 
-def _weights(config: "Config") -> list[str]:
+def _weights(config: Keys) -> list[str]:
     weighting, names = config.weighting, list(config.objectives)
     required = isinstance(weighting, FixedWeighting | ScheduleWeighting)
     tables = {"weighting.weights": weighting.weights} if required or weighting.weights else {}
@@ -48,10 +45,10 @@ def _weights(config: "Config") -> list[str]:
     return problems
 
 
-def _scheme(config: "Config") -> list[str]:
+def _scheme(config: Keys) -> list[str]:
     """What the weighting scheme asks of the rest."""
     weighting, problems = config.weighting, []
-    shared = [name for name, share in shares(config).items() if share > 0]
+    shared = [name for name, share in user_weights(config).items() if share > 0]
     if Signal.VALIDATION in weighting.needs and not config.evaluation.every and weighting.type != "lagrangian":
         problems.append(
             f"weighting.type={weighting.type} follows held-out vectors, but evaluation.every is 0: give a number of steps"
@@ -77,11 +74,11 @@ def _scheme(config: "Config") -> list[str]:
     if weighting.type in ("gradient", "mgda"):
         problems += probe_problems(config)
     if weighting.type == "lagrangian":
-        problems += lagrangian_problems(config, shares(config))
+        problems += lagrangian_problems(config, user_weights(config))
     return problems
 
 
-def _reference(key: str, reference: Mapping[str, float], objectives: "Mapping[str, ObjectiveConfig]") -> list[str]:
+def _reference(key: str, reference: Mapping[str, float], objectives: Mapping[str, ObjectiveConfig]) -> list[str]:
     problems = _unknown(key, reference, objectives)
     for name, value in reference.items():
         if name in objectives and not _leaves_room(value, objectives[name]):
@@ -96,7 +93,7 @@ def _unknown(key: str, table: Iterable[str], names: Iterable[str]) -> list[str]:
     return [f"{key}: {unknown_name('objective', name, names)}" for name in table if name not in names]
 
 
-def _leaves_room(reference: float, objective: "ObjectiveConfig") -> bool:
+def _leaves_room(reference: float, objective: ObjectiveConfig) -> bool:
     """Whether a reference value lies within the bounds and is not the best one."""
     low, high = objective.bounds
     return low <= reference < high if objective.direction == "maximize" else low < reference <= high

@@ -1,0 +1,205 @@
+"""Every key of a run, section by section, with its default and meaning."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, FiniteFloat, PositiveInt, model_validator
+
+from align.config.advantages import CombinationConfig, EstimatorConfig, GrpoEstimator, SumThenNormalize
+from align.config.base import Name, Section
+from align.config.weighting import WeightingConfig
+from align.trl_options import check_trl_options
+
+# --- the policy -------------------------------------------------------------------------------------------------------
+
+
+class LoraConfig(Section):
+    """Train low-rank adapters (through peft) instead of all weights."""
+
+    r: PositiveInt = 16
+    """Rank of the adapters."""
+    alpha: PositiveInt = 32
+    """Scaling numerator: updates are multiplied by alpha / r."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = "all-linear"
+    """Module names to adapt, or `all-linear`."""
+
+
+class PolicyConfig(Section):
+    """The language model that is trained."""
+
+    model: str
+    """A folder, a hub name, or `builtin:arithmetic`, the tiny policy that ships with the project."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type the weights are kept in. Mixed precision is a matter of `trl.bf16`."""
+    revision: str = "main"
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+    lora: LoraConfig | None = None
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+class Source(Section):
+    """Rows of data; one field of each is the prompt, the others are open to rewards."""
+
+    prompt: str = "prompt"
+    """Field that holds the prompt: a string, or a list of chat messages."""
+    limit: PositiveInt | None = None
+    """Use only the first so many rows."""
+
+
+class HubSource(Source):
+    """A data set of the Hugging Face hub."""
+
+    type: Literal["hub"]
+    name: str
+    subset: str | None = None
+    split: str = "train"
+
+
+class FileSource(Source):
+    """A .jsonl or .parquet file."""
+
+    type: Literal["file"]
+    path: str
+
+
+class FunctionSource(Source):
+    """A Python function, `module:function`, that returns an iterable of rows (dictionaries)."""
+
+    type: Literal["function"]
+    function: str
+    args: dict[str, Any] = {}
+    """Keyword arguments of the function."""
+
+
+AnySource = Annotated[HubSource | FileSource | FunctionSource, Field(discriminator="type")]
+
+
+class PromptsConfig(Section):
+    """Where prompts come from, and how they become text."""
+
+    train: AnySource
+    evaluation: AnySource | None = None
+    """Held-out prompts; needed unless `evaluation.every` is 0."""
+    chat: bool = False
+    """Put string prompts into the tokenizer's chat template as a user message (lists of messages always are)."""
+    system: str = ""
+    """System message in front of string prompts; needs `chat: true`."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Passed to the chat template, for example `{enable_thinking: false}`."""
+
+
+# --- rollout ----------------------------------------------------------------------------------------------------------
+
+
+class TransformersEngine(Section):
+    """Sampling with transformers' own generation, in the learner's process."""
+
+    type: Literal["transformers"] = "transformers"
+    batch_size: PositiveInt = 256
+    """Samples generated at once and process."""
+
+
+class RolloutConfig(Section):
+    """How samples are made. One batch holds `prompts_per_batch * samples_per_prompt` samples over all processes."""
+
+    engine: TransformersEngine = TransformersEngine()
+    prompts_per_batch: PositiveInt = 16
+    samples_per_prompt: int = Field(8, ge=2)
+    """G, the size of a sample group."""
+    max_tokens: PositiveInt = 256
+    """Longest completion, in tokens."""
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    """Keep only the k likeliest tokens; 0 keeps all."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0)
+
+
+# --- objectives, weights, advantages ----------------------------------------------------------------------------------
+
+
+class ObjectiveConfig(Section):
+    """One named objective: what scores it, and how its values are to be read."""
+
+    reward: str
+    """A built-in reward by name, or `module:function` of your own."""
+    args: dict[str, Any] = {}
+    """Keyword arguments bound to the reward (or passed to the class)."""
+    direction: Literal["maximize", "minimize"] = "maximize"
+    bounds: tuple[FiniteFloat, FiniteFloat] = (0.0, 1.0)
+    """Smallest and largest possible value. Values are scaled to [0, 1] by them; one outside is an error, not clipped."""
+    missing: Literal["fail", "drop_sample", "drop_group", "neutral"] = "fail"
+    """What a value that could not be had does: stop the run, leave the sample or its whole group out of the update,
+    or count as the mean of its group. Held-out means leave it out, and the share is reported."""
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> "ObjectiveConfig":
+        if self.bounds[0] >= self.bounds[1]:
+            raise ValueError(f"bounds {list(self.bounds)} are not in order: give [smallest, largest]")
+        return self
+
+
+# --- learner, evaluation, checkpoints ---------------------------------------------------------------------------------
+
+
+class LearnerConfig(Section):
+    """How a batch of samples becomes optimiser steps."""
+
+    micro_batch_size: PositiveInt | None = None
+    """Samples per forward and backward pass and process; by default all that an update needs at once."""
+    updates_per_batch: PositiveInt = 1
+    """Optimiser steps that one batch of samples is split into; 1 is exactly on-policy."""
+    iterations_per_batch: PositiveInt = 1
+    """Passes over one batch of samples."""
+
+
+class EvaluationConfig(Section):
+    """Held-out evaluation; each one is a point of the Pareto archive."""
+
+    every: int = Field(50, ge=0)
+    """Steps between evaluations, besides the first and the last step; 0 turns evaluation off."""
+    samples_per_prompt: PositiveInt = 1
+    temperature: float = Field(1.0, ge=0)
+    """1 is the policy itself, 0 is greedy. The other settings of `rollout` (top_p, ...) do not apply to evaluation."""
+    reference: dict[Name, FiniteFloat] = {}
+    """Reference point of the hypervolume, in the units of the objectives; by default the worst bound of each."""
+
+
+class CheckpointConfig(Section):
+    """What is kept to resume from and to choose from."""
+
+    every: PositiveInt = 100
+    keep: PositiveInt = 2
+    """Newest checkpoints kept."""
+    keep_front: bool = True
+    """Keep also those whose evaluation lies on the Pareto front of the run."""
+
+
+class Keys(Section):
+    """All keys of a run; `align.config.run.Config` is the model that also checks how they go together."""
+
+    output: str
+    """Run folder; must not hold another run."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    steps: PositiveInt
+    """Optimiser steps."""
+    policy: PolicyConfig
+    prompts: PromptsConfig
+    rollout: RolloutConfig = RolloutConfig()
+    objectives: dict[Name, ObjectiveConfig] = Field(min_length=1)
+    weighting: WeightingConfig
+    estimator: EstimatorConfig = GrpoEstimator(type="grpo")
+    combination: CombinationConfig = SumThenNormalize(type="sum_then_normalize")
+    """Where the weights meet the rewards. Left out, it is the one that the weights of the scheme are made for:
+    estimate_then_sum under `lagrangian`, `gradient` and `mgda`, normalize_then_sum under `saturation`, else
+    sum_then_normalize."""
+    learner: LearnerConfig = LearnerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    trl: Annotated[dict[str, Any], BeforeValidator(check_trl_options)] = {}
+    """Any other option of TRL's GRPOConfig, by TRL's name, for example `{learning_rate: 1.0e-6, beta: 0.04}`."""
