@@ -7,4 +7,13 @@ from align.config.run import Config
 from align.config.sections import AnySource
 from align.config.weighting import Signal, WeightingConfig
 
-__all__ = ["AnySource", "CombinationConfig", "Config", "EstimatorConfig", "Section", "Signal", "WeightingConfig", "user_weights"]
+__all__ = [
+    "AnySource",
+    "CombinationConfig",
+    "Config",
+    "EstimatorConfig",
+    "Section",
+    "Signal",
+    "WeightingConfig",
+    "user_weights",
+]
