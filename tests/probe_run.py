@@ -11,9 +11,9 @@ from pathlib import Path
 
 PROBES = (
     {"features": "exact"},
-    {"features": "sketch", "backward": "extra", "samples": 16},
+    {"features": "sketch", "size": 16, "backward": "extra", "samples": 16},
     {"features": "norms", "backward": "extra", "samples": 16},
-    {"features": "sketch"},
+    {"features": "sketch", "size": 16},
     {"features": "norms"},
     {"features": "exact"},
 )
