@@ -40,6 +40,12 @@ def _on_moves(config: Config) -> list[str]:
             warnings.append(f"weighting.warm_up={weighting.warm_up} leaves no step of {config.steps} in which weights move")
         if weighting.every > config.steps:
             warnings.append(f"weighting.every={weighting.every} is more than the {config.steps} steps: weights move once")
+        weights = user_weights(config).values()
+        given = [weight / sum(weights) for weight in weights if weight > 0]
+        if min(given) < weighting.floor - 1e-9 or max(given) > weighting.ceiling + 1e-9:
+            warnings.append("weighting.weights lie beyond floor or ceiling: the run starts at the nearest ones within them")
+        if 1 in (weighting.floor * len(given), weighting.ceiling * len(given)):
+            warnings.append("weighting.floor or weighting.ceiling leaves equal weights as the only ones")
         if weighting.pull == 1:
             warnings.append("weighting.pull=1 holds the weights where they start")
     if weighting.type == "saturation" and not weighting.gamma:
@@ -100,6 +106,11 @@ def _on_constraints(config: Config) -> list[str]:
     if weighting.type != "lagrangian":
         return []
     problem, shared = posed(config, user_weights(config)), user_weights(config)
+    largest = [name for name, share in shared.items() if share == max(shared.values())]
+    if weighting.optimized_by_default is None and len(largest) > 1:
+        warnings.append(
+            f"{' and '.join(largest)} have the same share, and so the first is optimised: say which by weighting.optimize"
+        )
     for name, share in shared.items():
         trained_on = name in problem.constraints or name == problem.optimize or (problem.optimize == "all" and share)
         if not trained_on:

@@ -1,5 +1,6 @@
 """Callbacks of transformers' Trainer: when to evaluate and save, the progress bar, and stopping on a signal."""
 
+import math
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
@@ -64,6 +65,10 @@ def _share(logs: dict[str, Any], name: str) -> str:
     return f" ({missing:.1%} missing)" if missing else ""
 
 
+def _number(mean: float | None) -> str:
+    return "missing" if mean is None or math.isnan(mean) else f"{mean:.2f}"
+
+
 class ProgressCallback(TrainerCallback):
     """A progress bar with the mean of every objective, and a line per evaluation.
 
@@ -101,7 +106,7 @@ class ProgressCallback(TrainerCallback):
             tqdm.write(f"step {state.global_step:>5}  held-out: {values}  hypervolume {logs['eval_hypervolume']:.3f}")
         elif "loss" in logs:
             means = {name: logs.get(f"objectives/{name}/mean") for name in self._objectives}
-            shown = {n: f"{mean:.2f}{self._constraint(logs, n)}" for n, mean in means.items() if mean is not None}
+            shown = {n: f"{_number(mean)}{self._constraint(logs, n)}" for n, mean in means.items()}
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update(state.global_step - self._bar.n)
 

@@ -31,7 +31,7 @@ from align.checkpoint import STATE_FILE, RunState, checkpoint_name, prune, read_
 from align.config import Config
 from align.evaluate import evaluate, summarize
 from align.learner_args import peft_config
-from align.missing import MissingRewardError
+from align.missing import MissingRewardError, unmeasured
 from align.plan import Plan, Schedule
 from align.probe import NO_GRAM, OBJECTIVE_ADVANTAGES, build_probe, replaced, select
 from align.runlog import RunFiles
@@ -115,6 +115,7 @@ class Learner(GRPOTrainer):
         self.sampler = make_sampler(self)
         if Signal.GRAM in parts.rules.scheme.needs:
             self._probe = build_probe(parts.config, self.model, parts.plan.micro_batch_size, self.aux_loss_enabled)
+        self._told: set[str] = set()
         self._prompt_indices: list[int] = []  # of the batch being sampled, one per sample of this process
         self._groups: list[SampleGroup] = []  # this process's samples of it
         self._scored: RewardMatrix  # their rewards
@@ -132,7 +133,7 @@ class Learner(GRPOTrainer):
         except MissingRewardError:
             self.state.num_input_tokens_seen = tokens_seen  # the batch will be sampled again
             raise
-        self._tell_remarks(result.state)
+        self._tell(result.state)
         self.weight_state = result.state
         self._check_agreement(step)
         if Signal.GRAM in self.parts.rules.scheme.needs:
@@ -172,8 +173,6 @@ class Learner(GRPOTrainer):
             self._metrics["train"][f"time/reward/{name}"].append(seconds)
         self._gathered = stack(gather_object([self._scored]))
         return torch.tensor(self._gathered.raw_NK, dtype=torch.float32, device=self.accelerator.device)
-
-    # --- gradients of the objectives, see align/probe.py --------------------------------------------------------------
 
     def training_step(self, model, inputs, num_items_in_batch):
         """TRL's, and the probe takes in what its backward showed."""
@@ -350,12 +349,13 @@ class Learner(GRPOTrainer):
         ratios = ((log_probs - batch["ref_per_token_logps"]) * batch["completion_mask"]).sum(dim=1)
         return gather(ratios).double().cpu().numpy()
 
-    def _tell_remarks(self, state: WeightState) -> None:
-        """Print what the scheme says for the first time."""
-        if self.accelerator.is_main_process:
-            for remark in state.remarks:
-                if remark not in self.weight_state.remarks:
-                    tqdm.write(f"step {self.state.global_step:>5}  weighting: {remark}")
+    def _tell(self, state: WeightState) -> None:
+        """Print, once each, what the scheme says and which objectives nobody could measure."""
+        news = {line: f"weighting: {line}" for line in state.remarks if line not in self.weight_state.remarks}
+        news |= {name: line for name, line in unmeasured(self._gathered).items() if name not in self._told}
+        self._told.update(news)
+        for line in news.values() if self.accelerator.is_main_process else ():
+            tqdm.write(f"step {self.state.global_step:>5}  {line}")
 
     def _check_agreement(self, step: int) -> None:
         """Stop when processes have reached different weights: from then on they would train different policies."""

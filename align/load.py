@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
@@ -38,7 +38,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(f"cannot read the override {override!r}: write --section.key=value")
     try:
         loaded = _read_resolved(path) if path.endswith(".json") else OmegaConf.load(path)
-        for override in overrides:
+        for override in sorted(overrides, key=lambda o: not o.partition("=")[0].endswith(".type")):  # types first
             _apply(loaded, override.removeprefix("--"))
         data = OmegaConf.to_container(loaded, resolve=True)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, TypeError) as error:
@@ -63,6 +63,10 @@ def _apply(loaded: Any, override: str) -> None:
     """Set one key; a table given whole takes the place of the old one."""
     key = override.partition("=")[0]
     value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
+    for length in range(1, key.count(".") + 1):  # below `estimator: grpo`, which stands for `estimator: {type: grpo}`
+        table = key.rsplit(".", length)[0]
+        if isinstance(short := OmegaConf.select(loaded, table), str) and _kinds(Config, table.split(".")):
+            OmegaConf.update(loaded, table, {"type": short}, merge=False)
     if key.endswith(".type"):
         _switch_type(loaded, key.removesuffix(".type"), value)
     OmegaConf.update(loaded, key, value, merge=False, force_add=True)
@@ -74,9 +78,7 @@ def _switch_type(loaded: Any, table: str, kind: Any) -> None:
     These are the ones that a base class of both kinds declares; a name that each declares by itself may mean two things.
     """
     current = OmegaConf.select(loaded, table)
-    if isinstance(current, str):  # `estimator: grpo` stands for `estimator: {type: grpo}`
-        OmegaConf.update(loaded, table, {"type": current}, merge=False)
-    elif isinstance(current, DictConfig) and current.get("type") != kind:
+    if isinstance(current, DictConfig) and current.get("type") != kind:
         kinds = {get_args(m.model_fields["type"].annotation)[0]: m for m in _kinds(Config, table.split("."))}
         if kind in kinds and current.get("type") in kinds:
             shared = set(kinds[kind].__mro__) & set(kinds[current.type].__mro__)
@@ -102,8 +104,17 @@ def parse_config(data: Any, source: str) -> Config:
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        lines = [line for e in error.errors() for line in _explain(e, data)]
+        lines = _merged(line for e in error.errors() for line in _explain(e, data))
         raise ConfigError(f"{source} is not a valid configuration:\n" + "\n".join(f"  {line}" for line in lines)) from error
+
+
+def _merged(lines: Iterable[str]) -> list[str]:
+    """One line where several kinds of value would have been right."""
+    reasons: dict[str, list[str]] = {}
+    for line in lines:
+        head, separator, reason = line.partition(" is not valid: ")
+        reasons.setdefault(head + separator, []).append(reason)
+    return [head + ", or ".join(dict.fromkeys(ways)) for head, ways in reasons.items()]
 
 
 def _explain(error: Any, data: Any) -> list[str]:
@@ -119,6 +130,8 @@ def _explain(error: Any, data: Any) -> list[str]:
             return [f"{key}.type is missing: say which kind this is"]
         case "union_tag_invalid":
             return [f"{key}.type: {error['ctx']['tag']!r} does not exist; one of {error['ctx']['expected_tags']}"]
+        case "model_type" | "model_attributes_type":
+            return [f"{key}: {error['input']!r} is not valid: it is a table; write {{key: value, ...}}"]
     return [f"{key}: {error['input']!r} is not valid: {message[0].lower()}{message[1:]}"]
 
 
@@ -134,7 +147,8 @@ def _key(location: tuple, data: Any, keep_last: bool) -> str:
     """Dotted key of an error, without the union tags that pydantic puts between keys."""
     parts = []
     for i, part in enumerate(location):
-        if isinstance(data, dict) and part not in data and not (keep_last and i + 1 == len(location)):
+        tag = part not in data if isinstance(data, dict) else not isinstance(data, list)
+        if tag and not (keep_last and i + 1 == len(location)):
             continue
         parts.append(f"[{part}]" if isinstance(part, int) else f".{part}")
         known = part in data if isinstance(data, dict) else isinstance(data, list)

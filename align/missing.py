@@ -24,6 +24,16 @@ def refuse_missing(matrix: RewardMatrix) -> None:
             )
 
 
+def unmeasured(matrix: RewardMatrix) -> dict[str, str]:
+    """Sentences, by objective, about those that have no value for any sample of a batch."""
+    sentences = {}
+    for k, objective in enumerate(matrix.objectives):
+        if matrix.missing_NK[:, k].all():
+            reason = matrix.errors.get((0, k), "no reason was recorded")
+            sentences[objective.name] = f"objective {objective.name!r} has no value for any sample of the batch: {reason}"
+    return sentences
+
+
 def apply_missing(rewards_PGK: np.ndarray, objectives: Sequence[Objective]) -> np.ndarray:
     """Rewards (P, G, K) after the missing-value policies: NaN where a sample is left out, numbers elsewhere.
 

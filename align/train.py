@@ -21,7 +21,7 @@ from align import __version__
 from align.advice import advise, advise_on_prompts
 from align.build import PromptSets, build_bus, check_shares, load_prompts, load_tokenizer, locate_policy, objectives_of
 from align.checkpoint import read_state
-from align.config import user_weights
+from align.config import describe, user_weights
 from align.config.lagrangian_rules import constraint_kinds
 from align.files import replace_text
 from align.guard import check_imports
@@ -200,14 +200,13 @@ def _write_folder(run: Run) -> None:
 
 def _summary(run: Run, built: Built) -> str:
     config, plan = run.config, built.plan
-    weights = "  ".join(f"{name} {weight:g}" for name, weight in user_weights(config).items())
     lines = [
         f"run        {run.folder}" + (f" (from {run.checkpoint or 'the start'})" if run.resumed else ""),
         f"policy     {config.policy.model}",
         f"prompts    {len(built.prompts.train)} to train on, {len(built.prompts.evaluation)} held out",
         f"batch      {config.rollout.prompts_per_batch} prompts x {config.rollout.samples_per_prompt} samples, "
         f"{plan.processes} process(es) x {plan.accumulation} x {plan.micro_batch_size} per update",
-        f"weighting  {config.weighting.type}: {weights}",
+        f"weighting  {describe(config)}",
         f"learner    {config.estimator.type}, {config.combination.type}, {config.steps} steps",
     ]
     warnings = [*advise(config), *advise_on_prompts(config, built.prompts)]
@@ -225,6 +224,13 @@ def _finish(run: Run, learner: "Learner") -> None:
             f"archive    {len(archive.points)} policies, {len(archive.front())} on the front; "
             f"hypervolume {first:.3f} at the start, {last:.3f} of all"
         )
+    thresholds = learner.weight_state.memory.get("threshold", {})
+    for name, kind in constraint_kinds(run.config, user_weights(run.config)).items():
+        if name in thresholds and archive.points:
+            value, threshold = archive.points[-1].values[name], thresholds[name]
+            met = {"at_least": value >= threshold, "at_most": value <= threshold}
+            verdict = f": {'met' if met[kind] else 'NOT met'}" if kind in met else ""
+            print(f"constraint {name} {kind.replace('_', ' ')} {threshold:.3g}, {value:.3g} held out at the end{verdict}")
     print(f"report     {write_report(run.folder)}")
 
 

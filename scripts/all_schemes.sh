@@ -17,9 +17,10 @@ arguments=(--evaluation.every=2 --checkpoint.every=1000)
 while (($#)); do
   case $1 in
     -h | --help) usage; exit ;;
-    --steps) steps=$2; shift ;;
-    --output) output=$2; shift ;;
-    --only) only=$2; shift ;;
+    --steps | --output | --only)
+      [ $# -gt 1 ] || { echo "$1 needs a value" >&2; exit 2; }
+      declare "${1#--}=$2"
+      shift ;;
     --zero3) launcher=(--config_file configs/accelerate/zero3_cpu.yaml) ;;
     --*=*) arguments+=("$1") ;;
     *) usage >&2; exit 2 ;;
@@ -31,11 +32,16 @@ export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
 if [ ${#launcher[@]} -gt 0 ]; then scripts/setup deepspeed; export OMP_NUM_THREADS=1; else scripts/setup; fi
 mkdir -p runs
 output=${output:-$(mktemp -d runs/all-schemes-XXXX)}
-only=${only:-$(.venv/bin/python -c 'from align.weighting import SCHEMES; print(*SCHEMES)')}
+known=$(.venv/bin/python -c 'from align.weighting import SCHEMES; print(*SCHEMES)')
+only=${only:-$known}
+for scheme in $only; do
+  case " $known " in *" $scheme "*) ;; *) echo "no scheme $scheme; there are: $known" >&2; exit 2 ;; esac
+done
 
 failed=()
 for scheme in $only; do
   log=$output/$scheme.log
+  echo "==> $scheme ($log)"
   mkdir -p "$output"
   # DeepSpeed's CPU threads may abort when the interpreter ends, so what counts is that the run says it is complete.
   .venv/bin/accelerate launch "${launcher[@]}" -m align.train --config configs/quickstart.yaml --weighting.type="$scheme" \

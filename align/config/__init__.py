@@ -2,7 +2,7 @@
 
 from align.config.advantages import CombinationConfig, EstimatorConfig
 from align.config.base import Section
-from align.config.rules import user_weights
+from align.config.rules import describe, user_weights
 from align.config.run import Config
 from align.config.sections import AnySource
 from align.config.weighting import Signal, WeightingConfig
@@ -15,5 +15,6 @@ __all__ = [
     "Section",
     "Signal",
     "WeightingConfig",
+    "describe",
     "user_weights",
 ]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from align.config.base import unknown_name
-from align.config.lagrangian_rules import lagrangian_problems
+from align.config.lagrangian_rules import lagrangian_problems, posed
 from align.config.probe_rules import probe_problems
 from align.config.sections import Keys, ObjectiveConfig
 from align.config.weighting import Adaptive, FixedWeighting, ScheduleWeighting, Signal
@@ -29,6 +29,17 @@ def user_weights(config: Keys) -> dict[str, float]:
     return dict(config.weighting.weights) or dict.fromkeys(config.objectives, 1.0)
 
 
+def describe(config: Keys) -> str:
+    """The weighting of a run in one line."""
+    weighting = config.weighting
+    if weighting.type == "lagrangian":
+        problem = posed(config, user_weights(config))
+        held = [f"{name} {c.kind.replace('_', ' ')} {c.threshold}" for name, c in problem.constraints.items()]
+        return f"{weighting.type}: optimise {problem.optimize}; {', '.join(held)}"
+    weights = "  ".join(f"{name} {weight:g}" for name, weight in user_weights(config).items())
+    return f"{weighting.type}: {weights}"
+
+
 def _weights(config: Keys) -> list[str]:
     weighting, names = config.weighting, list(config.objectives)
     required = isinstance(weighting, FixedWeighting | ScheduleWeighting)
@@ -50,9 +61,13 @@ def _scheme(config: Keys) -> list[str]:
     weighting, problems = config.weighting, []
     shared = [name for name, share in user_weights(config).items() if share > 0]
     if Signal.VALIDATION in weighting.needs and not config.evaluation.every and weighting.type != "lagrangian":
+        keys = [f"weighting.type={weighting.type}"]
+        if weighting.type == "hypervolume_gradient":
+            options = {"vector": "evaluation", "against": "archive", "reference": "initial"}
+            keys = [f"weighting.{key}={value}" for key, value in options.items() if getattr(weighting, key) == value]
         problems.append(
-            f"weighting.type={weighting.type} follows held-out vectors, but evaluation.every is 0: give a number of steps"
-            + (", or take weighting.vector=batches" if weighting.type == "hypervolume_gradient" else "")
+            f"{' and '.join(keys)}: this looks at held-out vectors, but evaluation.every is 0: give a number of steps"
+            + (", or take weighting.vector=batches" if keys == ["weighting.vector=evaluation"] else "")
         )
     if isinstance(weighting, Adaptive):
         if len(shared) < 2:
@@ -60,9 +75,9 @@ def _scheme(config: Keys) -> list[str]:
                 f"weighting.type={weighting.type} moves weight between objectives, but only {shared} has a share: give a "
                 "second one a share in weighting.weights, or take weighting.type=fixed"
             )
-        if weighting.floor * len(shared) > 1:
+        if shared and weighting.floor * len(shared) > 1:
             problems.append(f"weighting.floor={weighting.floor} times {len(shared)} objectives is more than 1: lower it")
-        if weighting.ceiling * len(shared) < 1:
+        if shared and weighting.ceiling * len(shared) < 1:
             problems.append(f"weighting.ceiling={weighting.ceiling} times {len(shared)} objectives is less than 1: raise it")
     if weighting.type in ("hypervolume", "hypervolume_gradient") and weighting.reference != "initial":
         problems += _reference("weighting.reference", weighting.reference, config.objectives)

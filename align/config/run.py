@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from pydantic import model_validator
 
+from align.config.base import as_section
 from align.config.rules import contradictions
 from align.config.sections import Keys
 from align.config.weighting import schemes
@@ -19,6 +20,7 @@ class Config(Keys):
     def _combination_of_scheme(cls, data: Any) -> Any:
         """Where `combination` is left out, the scheme chooses it."""
         weighting = data.get("weighting") if isinstance(data, dict) else None
+        weighting = as_section(weighting)
         kind = weighting.get("type") if isinstance(weighting, dict) else getattr(weighting, "type", None)
         made_for = [scheme.combination for scheme in schemes() if kind in get_args(scheme.model_fields["type"].annotation)]
         return {"combination": made_for[0]} | data if made_for else data

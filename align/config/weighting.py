@@ -2,9 +2,9 @@
 
 from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from align.config.base import Name, Section, Signal, Weighting, Weights
+from align.config.base import Name, Section, Signal, Weighting, Weights, as_section
 from align.config.lagrangian import LagrangianWeighting
 
 
@@ -208,9 +208,9 @@ AdaptiveWeighting = (
     | VariationWeighting
     | SaturationWeighting
 )
+_Schemes = FixedWeighting | ScheduleWeighting | HypervolumeWeighting | LagrangianWeighting | AdaptiveWeighting
 WeightingConfig = Annotated[
-    FixedWeighting | ScheduleWeighting | HypervolumeWeighting | LagrangianWeighting | AdaptiveWeighting,
-    Field(discriminator="type"),
+    _Schemes, Field(discriminator="type"), BeforeValidator(as_section, json_schema_input_type=str | _Schemes)
 ]
 
 

@@ -12,6 +12,7 @@ from align.weighting import threshold_search
 from align.weighting.base import Observation, Scheme, WeightState, finite_vectors, shares
 from rewards.types import Objective
 
+NEARLY = 0.95  # of the cap: at it, as far as the user is concerned
 PATIENCE = 20  # dual steps at the cap, with the constraint still violated, after which the user is told
 
 
@@ -56,6 +57,11 @@ class Held:
         """dm / dl."""
         m = self.multiplier
         return 1 - m * m if self.kind == "equal" else m * (1 - m)
+
+    @property
+    def wanted(self) -> str:
+        """The kind in words."""
+        return self.kind.replace("_", " ")
 
     @property
     def gap(self) -> float:
@@ -151,7 +157,8 @@ class Lagrangian(Scheme):
         held = (_descend if isinstance(self.config.dual, SgdDual) else _control)(held, self.config.dual, low, high)
         held = replace(held, error=held.gap)
         # An `equal` that is overshot is violated at the other end of its range.
-        at_cap = held.latent >= high if held.gap > 0 else held.kind == "equal" and held.latent <= low
+        capped = abs(held.multiplier) >= NEARLY * self.config.cap
+        at_cap = capped and (held.gap > 0 or held.kind == "equal")
         return replace(held, stuck=held.stuck + 1 if at_cap and held.violation > 0 else 0)
 
     def _act(self, state: WeightState, held: Mapping[str, Held]) -> WeightState:
@@ -191,6 +198,10 @@ class Lagrangian(Scheme):
         if memory["ended"] and not (state.memory.get("search") or {}).get("ended"):
             found = ", ".join(f"{n} {h.raw(h.threshold):.3g}" for n, h in moved.items())
             remarks += (f"the search of thresholds has ended after {memory['points']} points and keeps {found}",)
+        if memory["points"] > (state.memory.get("search") or {}).get("points", 0):
+            tried = ", ".join(f"{n} {h.raw(h.threshold):.3g}" for n, h in held.items())
+            gold = held_out_MK[-1, state.memory["problem"]["names"].index(options.gold)]
+            remarks += (f"search, point {memory['points']}: {tried} gave {options.gold} {gold:.3g} (scaled to [0, 1])",)
         memory = {**state.memory, "search": memory, "search_points": memory["points"]}
         return replace(state, memory=memory, remarks=remarks), moved
 
@@ -201,15 +212,9 @@ class Lagrangian(Scheme):
         news = [name for name in stuck if name not in state.memory["told"]]
         if not news:
             return state
-        cap = self.config.cap
-        lines = [_out_of_reach(name, held[name], cap) for name in news]
-        if len(stuck) > 1:
-            lines.append(
-                f"{' and '.join(stuck)} are violated at the same time with their multipliers at the cap: these thresholds "
-                "may not go together; relax one of them"
-            )
         memory = {**state.memory, "told": [*state.memory["told"], *news]}
-        return replace(state, memory=memory, remarks=(*state.remarks, *lines))
+        remark = _out_of_reach({name: held[name] for name in stuck}, self.config.cap)
+        return replace(state, memory=memory, remarks=(*state.remarks, remark))
 
 
 def _logit(m: float) -> float:
@@ -241,11 +246,11 @@ def _control(held: Held, dual: Any, low: float, high: float) -> Held:
     return replace(held, integral=integral, latent=min(max(latent, low), high))
 
 
-def _out_of_reach(name: str, held: Held, cap: float) -> str:
-    now, wanted = held.raw(held.mean), held.raw(held.threshold)
+def _out_of_reach(held: Mapping[str, Held], cap: float) -> str:
+    states = [f"{n} is {h.raw(h.mean):.3g}, not {h.wanted} {h.raw(h.threshold):.3g}" for n, h in held.items()]
+    whose = "its multiplier has" if len(held) == 1 else "their multipliers have"
+    together = "These thresholds may not go together: relax one of them" if len(held) > 1 else "Relax the threshold"
     return (
-        f"{name} is {now:.3g}, not {held.kind.replace('_', ' ')} {wanted:.3g}, though its multiplier has been at the cap "
-        f"{cap} for {held.stuck} dual steps. What is optimised keeps its weight. If the threshold is out of reach, choose "
-        f"one nearer to {now:.3g}; if {name} was lost on the way, start with a higher weighting.multiplier and a smaller "
-        "learning rate"
+        f"{' and '.join(states)}, though {whose} been at the cap {cap} for {PATIENCE} dual steps. What is optimised keeps "
+        f"its weight. {together}, or, where an objective was lost on the way, start again with a smaller learning rate"
     )

@@ -30,9 +30,9 @@ def follow(
     constrained means are within the tolerance, or at which its steps are used up.
 
     The first simplex is the start, and the start with one threshold each moved by `spread`. Departures from the paper: that
-    simplex is not drawn at random; the means and the gold objective are held-out ones, of validation prompts; nothing is
-    cached, as the same thresholds lead elsewhere from another policy; whether the values are close is asked after every
-    move, not only after shrinking.
+    simplex is not drawn at random; the means and the gold objective are held-out ones, of validation prompts; thresholds
+    stay within the bounds by the tolerance; nothing is cached, as the same thresholds lead elsewhere from another policy;
+    whether the values are close is asked after every move, not only after shrinking.
 
     Args:
         options: Of the search.
@@ -57,7 +57,8 @@ def follow(
         return search, thresholds
     simplex = nelder_mead.tell(search["simplex"], -float(vector_K[gold]))
     ended = nelder_mead.deviation(simplex) < options.stop
-    thresholds = (nelder_mead.best(simplex) if ended else nelder_mead.ask(simplex)).tolist()
+    point = nelder_mead.best(simplex) if ended else nelder_mead.ask(simplex)
+    thresholds = np.clip(point, options.tolerance, 1 - options.tolerance).tolist()
     return {**search, "simplex": simplex, "since": step, "points": search["points"] + 1, "ended": ended}, thresholds
 
 
