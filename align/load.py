@@ -38,12 +38,18 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(f"cannot read the override {override!r}: write --section.key=value")
     try:
         loaded = _read_resolved(path) if path.endswith(".json") else OmegaConf.load(path)
-        for override in sorted(overrides, key=lambda o: not o.partition("=")[0].endswith(".type")):  # types first
+        for override in sorted(overrides, key=_order):
             _apply(loaded, override.removeprefix("--"))
         data = OmegaConf.to_container(loaded, resolve=True)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     return parse_config(data, path)
+
+
+def _order(override: str) -> tuple[int, bool]:
+    """Whole tables before their keys, and the type before the other keys."""
+    key = override.partition("=")[0]
+    return key.count("."), not key.endswith(".type")
 
 
 def _read_resolved(path: str) -> Any:

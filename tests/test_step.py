@@ -5,7 +5,7 @@ import pytest
 
 from align.config.advantages import GrpoEstimator, ReinforceEstimator, RlooEstimator, SumThenNormalize
 from align.config.weighting import FixedWeighting, ScheduleWeighting
-from align.missing import MissingRewardError, apply_missing
+from align.missing import MissingRewardError, apply_missing, unmeasured
 from align.step import StepRules, take_step
 from align.weighting import Signal, WeightState, build_scheme
 from rewards.types import Missing, Objective, RewardMatrix
@@ -208,3 +208,8 @@ def test_advantages_are_shown_as_the_old_weights_make_them():
 
     result = step(rules(objectives(), scheme=Looking()), [[10, 0.25], [0, 0.75]])
     np.testing.assert_allclose(result.advantages_PG, [[1.0, -1.0]])
+
+
+def test_an_objective_that_nobody_could_measure_is_named():
+    matrix = RewardMatrix(objectives(Missing.NEUTRAL), np.array([[NAN, 0.1], [NAN, NAN]]), {(0, 0): "TimeoutError: 5 s"})
+    assert unmeasured(matrix) == {"up": "objective 'up' has no value for any sample of the batch: TimeoutError: 5 s"}

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from align.advice import advise
+from align.config import describe
 from align.load import ConfigError, load_config
 from tests.conftest import QUICKSTART, WEIGHTS
 
@@ -80,6 +81,13 @@ def test_their_neighbours_are_not(weighting, more):
     ("weighting", "more", "warning"),
     [
         ({"type": "pama", "warm_up": 160}, (), "weighting.warm_up=160 leaves no step of 160"),
+        (
+            {"type": "pama", "weights": {"accuracy": 9, "brevity": 1, "clarity": 1}, "ceiling": 0.5},
+            (),
+            "starts at the nearest",
+        ),
+        ({"type": "pama", "floor": 0.25, "ceiling": 0.3333333333333333}, (), "leaves equal weights as the only ones"),
+        ({"type": "lagrangian"}, (), "have the same share, and so the first is optimised"),
         ({"type": "saturation", "every": 200}, (), "weighting.every=200 is more than the 160 steps"),
         ({"type": "variation", "pull": 1.0}, (), "weighting.pull=1 holds the weights where they start"),
         ({"type": "saturation", "gamma": 0}, (), "weighting.gamma=0 gives the same weights as weighting.type=fixed"),
@@ -133,9 +141,41 @@ def test_switching_the_type_keeps_what_the_new_one_has():
     bounded = ["--weighting={type: covariance, cap: 0.5, average: 0.5, floor: 0.1}", "--weighting.type=lagrangian"]
     fresh = load_config(QUICKSTART, [*bounded, "--weighting.optimize=brevity"])
     assert fresh.weighting.cap == 0.95  # a key of the same name, but of another meaning
+    assert fresh.weighting.floor == 0.05
     kept = load_config(QUICKSTART, ["--weighting.type=schedule"])
     assert kept.weighting.milestones  # the same type: nothing is dropped
     with pytest.raises(ConfigError, match=r"prompts\.train\.path is missing"):
         load_config(QUICKSTART, ["--prompts.train.type=file"])
     with pytest.raises(ConfigError, match="'gradients' does not exist"):
         load_config(QUICKSTART, ["--weighting.type=gradients"])
+
+
+def test_options_can_be_given_below_a_short_name():
+    assert load_config(QUICKSTART, ["--combination=soft_min", "--combination.kappa=2"]).combination.kappa == 2
+    assert load_config(QUICKSTART, ["--weighting=gradient", "--weighting.pull=0.1"]).weighting.pull == 0.1
+    dual = ["--weighting={type: lagrangian, optimize: brevity, dual: sgd}", "--weighting.dual.rate=0.3"]
+    assert load_config(QUICKSTART, dual).weighting.dual.rate == 0.3
+    with pytest.raises(ConfigError, match="combination: unknown key 'kapa'; did you mean 'kappa'"):
+        load_config(QUICKSTART, ["--combination=soft_min", "--combination.kapa=2"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["--weighting={type: hypervolume, reference: inital}"], "weighting.reference: 'inital' is not valid: "),
+        (["--weighting={type: gradient, probe: norms}"], "weighting.probe: 'norms' is not valid: it is a table; write"),
+    ],
+)
+def test_a_wrong_kind_of_value_is_one_line(overrides, line):
+    with pytest.raises(ConfigError) as error:
+        load_config(QUICKSTART, overrides)
+    said = str(error.value).splitlines()[1:]
+    assert len(said) == 1
+    assert said[0].strip().startswith(line)
+
+
+def test_the_problem_is_said_in_one_line():
+    constrained = "--weighting={type: lagrangian, constraints: {accuracy: {at_least: 0.65}}, optimize: brevity}"
+    assert describe(load_config(QUICKSTART, [constrained])) == "lagrangian: optimise brevity; accuracy at least 0.65"
+    config = load_config(QUICKSTART, ["--weighting.type=gradient"])
+    assert describe(config) == "gradient: accuracy 0.4  brevity 0.6  clarity 0"
