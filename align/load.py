@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
@@ -38,18 +38,12 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
             raise ConfigError(f"cannot read the override {override!r}: write --section.key=value")
     try:
         loaded = _read_resolved(path) if path.endswith(".json") else OmegaConf.load(path)
-        for override in sorted(overrides, key=_order):
-            _apply(loaded, override.removeprefix("--"))
+        for i, override in enumerate(overrides):
+            _apply(loaded, override.removeprefix("--"), [earlier.removeprefix("--") for earlier in overrides[:i]])
         data = OmegaConf.to_container(loaded, resolve=True)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     return parse_config(data, path)
-
-
-def _order(override: str) -> tuple[int, bool]:
-    """Whole tables before their keys, and the type before the other keys."""
-    key = override.partition("=")[0]
-    return key.count("."), not key.endswith(".type")
 
 
 def _read_resolved(path: str) -> Any:
@@ -65,8 +59,8 @@ def _read_resolved(path: str) -> Any:
     return OmegaConf.create(escape(json.loads(Path(path).read_text(encoding="utf-8"))))
 
 
-def _apply(loaded: Any, override: str) -> None:
-    """Set one key; a table given whole takes the place of the old one."""
+def _apply(loaded: Any, override: str, earlier: Sequence[str]) -> None:
+    """Set one key, after earlier overrides; a table given whole takes the place of the old one."""
     key = override.partition("=")[0]
     value = OmegaConf.select(OmegaConf.from_dotlist([override]), key)
     for length in range(1, key.count(".") + 1):  # below `estimator: grpo`, which stands for `estimator: {type: grpo}`
@@ -74,12 +68,14 @@ def _apply(loaded: Any, override: str) -> None:
         if isinstance(short := OmegaConf.select(loaded, table), str) and _kinds(Config, table.split(".")):
             OmegaConf.update(loaded, table, {"type": short}, merge=False)
     if key.endswith(".type"):
-        _switch_type(loaded, key.removesuffix(".type"), value)
+        table = key.removesuffix(".type")
+        asked_for = {other.partition("=")[0].removeprefix(f"{table}.") for other in earlier if other.startswith(f"{table}.")}
+        _switch_type(loaded, table, value, {name.partition(".")[0] for name in asked_for})
     OmegaConf.update(loaded, key, value, merge=False, force_add=True)
 
 
-def _switch_type(loaded: Any, table: str, kind: Any) -> None:
-    """Before `table.type=kind`: keep of the table only the keys that mean the same to the new kind.
+def _switch_type(loaded: Any, table: str, kind: Any, asked_for: Collection[str]) -> None:
+    """Before `table.type=kind`: keep of the table only keys asked for, and those that mean the same to the new kind.
 
     These are the ones that a base class of both kinds declares; a name that each declares by itself may mean two things.
     """
@@ -89,7 +85,7 @@ def _switch_type(loaded: Any, table: str, kind: Any) -> None:
         if kind in kinds and current.get("type") in kinds:
             shared = set(kinds[kind].__mro__) & set(kinds[current.type].__mro__)
             kept = {key for base in shared for key in vars(base).get("__annotations__", {})}
-            for key in [key for key in current if key not in kept | {"type"}]:
+            for key in [key for key in current if key not in kept | {"type", *asked_for}]:
                 del current[key]
 
 

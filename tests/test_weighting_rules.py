@@ -142,6 +142,10 @@ def test_switching_the_type_keeps_what_the_new_one_has():
     fresh = load_config(QUICKSTART, [*bounded, "--weighting.optimize=brevity"])
     assert fresh.weighting.cap == 0.95  # a key of the same name, but of another meaning
     assert fresh.weighting.floor == 0.05
+    before = ["--weighting.vector=batches", "--weighting.type=hypervolume_gradient"]
+    assert load_config(QUICKSTART, before).weighting.vector == "batches"  # asked for, if before the type
+    with pytest.raises(ConfigError, match="unknown key 'gamma'"):
+        load_config(QUICKSTART, ["--weighting.gamma=2", "--weighting.type=hypervolume_gradient"])
     kept = load_config(QUICKSTART, ["--weighting.type=schedule"])
     assert kept.weighting.milestones  # the same type: nothing is dropped
     with pytest.raises(ConfigError, match=r"prompts\.train\.path is missing"):
