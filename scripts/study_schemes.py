@@ -89,7 +89,9 @@ def run(name: str, seed: int, weighting: dict, output: Path, overrides: list[str
     """Train one variant unless it is complete; its archive, and its training means over the last fifth of the steps."""
     folder = output / f"{name.replace('/', '-').replace(', ', '-').replace(' ', '-')}-seed{seed}"
     combination = "normalize_then_sum" if name == "normalize_then_sum" else "estimate_then_sum"
-    if (folder / "config.json").exists():
+    if (folder / "report.html").exists():
+        pass  # written at the end of a run
+    elif (folder / "config.json").exists():
         paretune("train", "--resume", str(folder))
     else:
         config = ["--config", str(ROOT / "configs" / "quickstart.yaml"), f"--output={folder}", f"--seed={seed}"]

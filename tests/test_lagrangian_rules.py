@@ -204,13 +204,13 @@ WATCHED = "objective 'clarity' has a share, but is neither optimised nor constra
         (
             {},
             ("--evaluation.temperature=0",),
-            "thresholds `initial` are measured at evaluation.temperature=0.0, and held at",
+            "compares held-out vectors (evaluation.temperature=0.0) with batches (rollout.temperature=1.0)",
         ),
         ({"constraints": HELD, "delay": 160}, (), "weighting.delay=160 leaves no step of 160"),
         (
             {"constraints": HELD, "search": {"gold": "clarity", "steps": 90}},
             ("--evaluation.every=80",),
-            "brings a new vector only 2 times",
+            "evaluation.every=80 brings 1 new vectors in 160 steps",
         ),
     ],
 )
@@ -221,8 +221,8 @@ def test_what_is_not_as_it_seems_is_warned_of(options, more, warning):
 @pytest.mark.parametrize(
     ("options", "more"),
     [
-        ({}, ()),
-        ({}, ("--evaluation.every=80",)),  # the first vector is enough
+        ({"weights": {"accuracy": 2, "brevity": 1, "clarity": 1}}, ()),
+        ({"weights": {"accuracy": 2, "brevity": 1, "clarity": 1}}, ("--evaluation.every=80",)),  # the first vector is enough
         ({"constraints": HELD, "optimize": "all"}, ()),
         ({"constraints": {n: {"equal": 0.5} for n in ("accuracy", "brevity", "clarity")}}, ("--evaluation.temperature=0",)),
         (
