@@ -1,7 +1,7 @@
 """Choices that are allowed but do not do what they seem to: sentences for `paretune check` and the start of a run."""
 
 from align.build import PromptSets
-from align.config import Config, Signal, user_weights
+from align.config import Config, Signal
 from align.config.lagrangian_rules import posed
 from align.config.weighting import Adaptive
 
@@ -26,7 +26,7 @@ def _on_weights(config: Config) -> list[str]:
         warnings.append("weighting.milestones is empty, so the schedule is the same as fixed weights")
     if weighting.type == "schedule" and any(m.step > config.steps for m in weighting.milestones):
         warnings.append(f"a weighting milestone lies beyond the last step, {config.steps}, and is never reached")
-    for name, share in user_weights(config).items():
+    for name, share in config.user_weights.items():
         if not share and weighting.type not in ("schedule", "lagrangian"):
             warnings.append(f"objective {name!r} has weight 0: it is watched, not trained on")
     return warnings
@@ -40,7 +40,7 @@ def _on_moves(config: Config) -> list[str]:
             warnings.append(f"weighting.warm_up={weighting.warm_up} leaves no step of {config.steps} in which weights move")
         if weighting.every > config.steps:
             warnings.append(f"weighting.every={weighting.every} is more than the {config.steps} steps: weights move once")
-        weights = user_weights(config).values()
+        weights = config.user_weights.values()
         given = [weight / sum(weights) for weight in weights if weight > 0]
         if min(given) < weighting.floor - 1e-9 or max(given) > weighting.ceiling + 1e-9:
             warnings.append("weighting.weights lie beyond floor or ceiling: the run starts at the nearest ones within them")
@@ -73,14 +73,14 @@ def _on_vectors(config: Config) -> list[str]:
         )
     compared = weighting.type == "hypervolume_gradient" and weighting.vector == "batches"
     if weighting.type == "lagrangian":
-        compared = any(c.threshold == "initial" for c in posed(config, user_weights(config)).constraints.values())
+        compared = any(c.threshold == "initial" for c in posed(config).constraints.values())
     if compared and evaluation.temperature != config.rollout.temperature:
         warnings.append(
             f"weighting.type={weighting.type} compares held-out vectors (evaluation.temperature={evaluation.temperature}) "
             f"with batches (rollout.temperature={config.rollout.temperature}): give both the same"
         )
     if weighting.type == "lagrangian" and weighting.search is not None:
-        constraints = len(posed(config, user_weights(config)).constraints)
+        constraints = len(posed(config).constraints)
         if (constraints + 1) * evaluation.every > config.steps:
             warnings.append(
                 f"weighting.search tries {constraints + 1} points before it makes its first choice, each for at least "
@@ -105,7 +105,7 @@ def _on_constraints(config: Config) -> list[str]:
     weighting, warnings = config.weighting, []
     if weighting.type != "lagrangian":
         return []
-    problem, shared = posed(config, user_weights(config)), user_weights(config)
+    problem, shared = posed(config), config.user_weights
     largest = [name for name, share in shared.items() if share == max(shared.values())]
     if weighting.optimized_by_default is None and len(largest) > 1:
         warnings.append(
@@ -148,7 +148,7 @@ def _on_sizes_of_weights(config: Config) -> list[str]:
     alike = "combination pareto_rank treats all objectives with a weight above 0 alike"
     if config.weighting.type not in ("fixed", "hypervolume"):
         return [f"{alike}: weighting.type={config.weighting.type} has no effect but where a weight reaches or leaves 0"]
-    if len({share for share in user_weights(config).values() if share > 0}) > 1:
+    if len({share for share in config.user_weights.values() if share > 0}) > 1:
         return [f"{alike}: the sizes in weighting.weights have no effect"]
     return []
 

@@ -212,10 +212,8 @@ class Learner(GRPOTrainer):
 
         def loss(rows: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
             share = len(rows) / self.args.per_device_train_batch_size
-            part = select(batch, rows) | {
-                "advantages": advantages,
-                "num_items_in_batch": batch["num_items_in_batch"] * share,
-            }
+            items = batch["num_items_in_batch"] * share
+            part = select(batch, rows) | {"advantages": advantages, "num_items_in_batch": items}
             metrics = {mode: defaultdict(list) for mode in self._metrics}
             with replaced(self, beta=0.0, _entropy_bonus_enabled=False, aux_loss_enabled=False, _metrics=metrics):
                 return GRPOTrainer._compute_loss(self, model, part) * self.current_gradient_accumulation_steps

@@ -57,10 +57,8 @@ def take_step(
     Raises:
         MissingRewardError: A value is missing whose policy is `fail`.
     """
-    refuse_missing(matrix)
-    rewards_PGK = matrix.values_NK.reshape(-1, rules.group_size, len(rules.objectives))
-    missing_PGK = np.isnan(rewards_PGK)
-    rewards_PGK = apply_missing(rewards_PGK, rules.objectives)
+    rewards_PGK = _rewards(rules, matrix)
+    missing_PGK = matrix.missing_NK.reshape(rewards_PGK.shape)
     seen_PGK = np.where(missing_PGK, np.nan, rewards_PGK)  # a scheme sees what was measured, not what is filled in
     streams_PGK = _with_kl(rewards_PGK, signals)
     if Signal.ADVANTAGES in rules.scheme.needs:
@@ -80,9 +78,14 @@ def take_step(
 
 def advantages_alone(rules: StepRules, matrix: RewardMatrix) -> np.ndarray:
     """Advantages (N, K) that each objective would give if it were the only one. Raises MissingRewardError."""
+    advantages_PGK = objective_advantages(_rewards(rules, matrix), rules.estimator, rules.combination)
+    return advantages_PGK.reshape(len(matrix.raw_NK), -1)
+
+
+def _rewards(rules: StepRules, matrix: RewardMatrix) -> np.ndarray:
+    """Rewards (P, G, K) after the missing-value policies."""
     refuse_missing(matrix)
-    rewards_PGK = apply_missing(matrix.values_NK.reshape(-1, rules.group_size, len(rules.objectives)), rules.objectives)
-    return objective_advantages(rewards_PGK, rules.estimator, rules.combination).reshape(len(matrix.raw_NK), -1)
+    return apply_missing(matrix.values_NK.reshape(-1, rules.group_size, len(rules.objectives)), rules.objectives)
 
 
 def _with_kl(rewards_PGK: np.ndarray, signals: Mapping[Signal, np.ndarray]) -> np.ndarray:

@@ -21,7 +21,7 @@ from align import __version__
 from align.advice import advise, advise_on_prompts
 from align.build import PromptSets, build_bus, check_shares, load_prompts, load_tokenizer, locate_policy, objectives_of
 from align.checkpoint import read_state
-from align.config import describe, user_weights
+from align.config import describe
 from align.config.lagrangian_rules import constraint_kinds
 from align.files import replace_text
 from align.guard import check_imports
@@ -159,7 +159,7 @@ def _run(run: Run, built: Built) -> int:
     schedule = Schedule(config.steps, config.evaluation.every, config.checkpoint.every)
     stop = StopSignal()
     on_schedule = ScheduleCallback(schedule, lambda: stop.requested)
-    kinds = constraint_kinds(config, user_weights(config))
+    kinds = constraint_kinds(config)
     progress = ProgressCallback(list(config.objectives), config.steps, kinds)
     try:
         learner = build_learner(run, built, schedule, [on_schedule, progress])
@@ -225,7 +225,7 @@ def _finish(run: Run, learner: "Learner") -> None:
             f"hypervolume {first:.3f} at the start, {last:.3f} of all"
         )
     thresholds = learner.weight_state.memory.get("threshold", {})
-    for name, kind in constraint_kinds(run.config, user_weights(run.config)).items():
+    for name, kind in constraint_kinds(run.config).items():
         if name in thresholds and archive.points:
             value, threshold = archive.points[-1].values[name], thresholds[name]
             met = {"at_least": value >= threshold, "at_most": value <= threshold}

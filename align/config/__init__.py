@@ -2,7 +2,7 @@
 
 from align.config.advantages import CombinationConfig, EstimatorConfig
 from align.config.base import Section
-from align.config.rules import describe, user_weights
+from align.config.rules import describe
 from align.config.run import Config
 from align.config.sections import AnySource
 from align.config.weighting import Signal, WeightingConfig
@@ -16,5 +16,4 @@ __all__ = [
     "Signal",
     "WeightingConfig",
     "describe",
-    "user_weights",
 ]

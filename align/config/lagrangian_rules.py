@@ -7,27 +7,28 @@ from align.config.lagrangian import Constraint, LagrangianWeighting, Posed, pose
 from align.config.sections import Keys, ObjectiveConfig
 
 
-def posed(config: Keys, shares: Mapping[str, float]) -> Posed:
-    """The problem of a run; `shares` are those of all objectives."""
-    return pose(config.weighting, shares, {name: o.direction == "maximize" for name, o in config.objectives.items()})
+def posed(config: Keys) -> Posed:
+    """The problem of a run."""
+    maximize = {name: objective.direction == "maximize" for name, objective in config.objectives.items()}
+    return pose(config.weighting, config.user_weights, maximize)
 
 
-def constraint_kinds(config: Keys, shares: Mapping[str, float]) -> dict[str, str]:
+def constraint_kinds(config: Keys) -> dict[str, str]:
     """The kind of every constrained objective; none under another scheme."""
-    constraints = posed(config, shares).constraints if config.weighting.type == "lagrangian" else {}
+    constraints = posed(config).constraints if config.weighting.type == "lagrangian" else {}
     return {name: constraint.kind for name, constraint in constraints.items()}
 
 
-def lagrangian_problems(config: Keys, shares: Mapping[str, float]) -> list[str]:
+def lagrangian_problems(config: Keys) -> list[str]:
     """Everything about the scheme that cannot be run as it stands."""
-    if set(shares) != set(config.objectives):
+    if set(config.user_weights) != set(config.objectives):
         return []  # said elsewhere
-    problem = posed(config, shares)
+    problem = posed(config)
     return [
         *_optimized(config.weighting, problem, config.objectives),
         *_constraints(config, problem),
         *_multipliers(config.weighting, problem),
-        *_search(config, problem, shares),
+        *_search(config, problem),
         *_standardised(config),
     ]
 
@@ -101,7 +102,7 @@ def _multipliers(weighting: LagrangianWeighting, problem: Posed) -> list[str]:
     return problems
 
 
-def _search(config: Keys, problem: Posed, shares: Mapping[str, float]) -> list[str]:
+def _search(config: Keys, problem: Posed) -> list[str]:
     search = config.weighting.search
     if search is None:
         return []
@@ -112,7 +113,7 @@ def _search(config: Keys, problem: Posed, shares: Mapping[str, float]) -> list[s
         problems.append(f"weighting.search.gold: {unknown_name('objective', gold, config.objectives)}")
     elif gold in problem.constraints:
         problems.append(f"weighting.search.gold={gold}: it is constrained, so it cannot judge; remove its constraint")
-    elif gold == problem.optimize or (problem.optimize == "all" and shares[gold] > 0):
+    elif gold == problem.optimize or (problem.optimize == "all" and config.user_weights[gold] > 0):
         problems.append(
             f"weighting.search.gold={gold}: it is trained on, so it cannot judge; optimise something else"
             + (" or set its share in weighting.weights to 0" if problem.optimize == "all" else "")

@@ -7,7 +7,7 @@ from align.config.base import unknown_name
 from align.config.lagrangian_rules import lagrangian_problems, posed
 from align.config.probe_rules import probe_problems
 from align.config.sections import Keys, ObjectiveConfig
-from align.config.weighting import Adaptive, FixedWeighting, ScheduleWeighting, Signal
+from align.config.weighting import Adaptive, FixedWeighting, FromGradients, ScheduleWeighting, Signal
 
 
 def contradictions(config: Keys) -> list[str]:
@@ -24,19 +24,14 @@ def contradictions(config: Keys) -> list[str]:
     return problems
 
 
-def user_weights(config: Keys) -> dict[str, float]:
-    """The user's share of each objective: `weighting.weights`, or equal ones where the scheme lets them be left out."""
-    return dict(config.weighting.weights) or dict.fromkeys(config.objectives, 1.0)
-
-
 def describe(config: Keys) -> str:
     """The weighting of a run in one line."""
     weighting = config.weighting
     if weighting.type == "lagrangian":
-        problem = posed(config, user_weights(config))
+        problem = posed(config)
         held = [f"{name} {c.kind.replace('_', ' ')} {c.threshold}" for name, c in problem.constraints.items()]
         return f"{weighting.type}: optimise {problem.optimize}; {', '.join(held)}"
-    weights = "  ".join(f"{name} {weight:g}" for name, weight in user_weights(config).items())
+    weights = "  ".join(f"{name} {weight:g}" for name, weight in config.user_weights.items())
     return f"{weighting.type}: {weights}"
 
 
@@ -59,7 +54,7 @@ def _weights(config: Keys) -> list[str]:
 def _scheme(config: Keys) -> list[str]:
     """What the weighting scheme asks of the rest."""
     weighting, problems = config.weighting, []
-    shared = [name for name, share in user_weights(config).items() if share > 0]
+    shared = [name for name, share in config.user_weights.items() if share > 0]
     if Signal.VALIDATION in weighting.needs and not config.evaluation.every and weighting.type != "lagrangian":
         keys = [f"weighting.type={weighting.type}"]
         if weighting.type == "hypervolume_gradient":
@@ -86,10 +81,10 @@ def _scheme(config: Keys) -> list[str]:
             if isinstance(table := getattr(weighting, key), dict):
                 problems += _unknown(f"weighting.{key}", table, config.objectives)
                 problems += [f"weighting.{key} has no number for {n!r}: add it" for n in shared if n not in table]
-    if weighting.type in ("gradient", "mgda"):
+    if isinstance(weighting, FromGradients):
         problems += probe_problems(config)
     if weighting.type == "lagrangian":
-        problems += lagrangian_problems(config, user_weights(config))
+        problems += lagrangian_problems(config)
     return problems
 
 

@@ -203,3 +203,8 @@ class Keys(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     trl: Annotated[dict[str, Any], BeforeValidator(check_trl_options)] = {}
     """Any other option of TRL's GRPOConfig, by TRL's name, for example `{learning_rate: 1.0e-6, beta: 0.04}`."""
+
+    @property
+    def user_weights(self) -> dict[str, float]:
+        """The user's share of each objective: `weighting.weights`, or equal ones where the scheme lets them be left out."""
+        return dict(self.weighting.weights) or dict.fromkeys(self.objectives, 1.0)

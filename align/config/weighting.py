@@ -120,10 +120,21 @@ class ProbeConfig(Section):
     """Samples of each process in an extra pass of `norms` and `sketch`; `exact` takes all."""
 
 
-class GradientWeighting(Adaptive):
-    """Objectives whose gradient agrees with the others' gain weight: mirror ascent on their influence."""
+class FromGradients(Adaptive):
+    """What schemes have in common that look at the objectives' policy gradients."""
 
     combination: ClassVar[str] = "estimate_then_sum"
+
+    probe: ProbeConfig = ProbeConfig()
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        """What the scheme looks at besides rewards."""
+        return frozenset({Signal.GRAM})
+
+
+class GradientWeighting(FromGradients):
+    """Objectives whose gradient agrees with the others' gain weight: mirror ascent on their influence."""
 
     type: Literal["gradient"]
     step_size: PositiveFloat = 0.1
@@ -132,28 +143,14 @@ class GradientWeighting(Adaptive):
     """Take cosines in the place of inner products, so that the length of a gradient does not count."""
     self_term: bool = True
     """Count the inner product of a gradient with itself, as published."""
-    probe: ProbeConfig = ProbeConfig()
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        """What the scheme looks at besides rewards."""
-        return frozenset({Signal.GRAM})
 
 
-class MgdaWeighting(Adaptive):
+class MgdaWeighting(FromGradients):
     """The weights whose mixed gradient is shortest: a step along it worsens no objective."""
-
-    combination: ClassVar[str] = "estimate_then_sum"
 
     type: Literal["mgda"]
     unit: bool = False
     """Bring all gradients to length one first."""
-    probe: ProbeConfig = ProbeConfig()
-
-    @property
-    def needs(self) -> frozenset[Signal]:
-        """What the scheme looks at besides rewards."""
-        return frozenset({Signal.GRAM})
 
 
 class PamaWeighting(Adaptive):

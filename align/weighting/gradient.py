@@ -1,5 +1,6 @@
 """Weights from the objectives' policy gradients: mirror ascent on their influence, and the min-norm mixture."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,24 @@ from align.weighting.adaptive import Adaptive
 from align.weighting.base import Observation, Signal
 
 
+class FromGradients(Adaptive):
+    """Base of a scheme that looks at nothing but the inner products of the objectives' policy gradients."""
+
+    def propose(
+        self, weights_K: np.ndarray, prior_K: np.ndarray, memory: Mapping[str, Any], observation: Observation
+    ) -> tuple[np.ndarray, Mapping[str, Any]]:
+        """What `choose` says, once there are gradients."""
+        if Signal.GRAM not in observation.signals:
+            return np.full(len(weights_K), np.nan), {}
+        return self.choose(weights_K, observation.signals[Signal.GRAM])
+
+    @abstractmethod
+    def choose(self, weights_K: np.ndarray, gram_KK: np.ndarray) -> tuple[np.ndarray, Mapping[str, Any]]:
+        """As `propose`, from the weights in force (K,) and the Gram matrix (K, K)."""
+
+
 @dataclass(frozen=True)
-class Gradient(Adaptive):
+class Gradient(FromGradients):
     """Mirror ascent on influence (2509.11452; the rule is that of DoGE, 2310.15393).
 
     I_k = <g_k, sum_j g_j>,   w_k <- w_k exp(step_size I_k) / Z
@@ -26,19 +43,15 @@ class Gradient(Adaptive):
 
     config: GradientWeighting
 
-    def propose(
-        self, weights_K: np.ndarray, prior_K: np.ndarray, memory: Mapping[str, Any], observation: Observation
-    ) -> tuple[np.ndarray, Mapping[str, Any]]:
+    def choose(self, weights_K: np.ndarray, gram_KK: np.ndarray) -> tuple[np.ndarray, Mapping[str, Any]]:
         """One step of mirror ascent."""
-        if Signal.GRAM not in observation.signals:
-            return np.full(len(prior_K), np.nan), {}
-        influence_K = influence(observation.signals[Signal.GRAM], self.config.cosine, self.config.self_term)
+        influence_K = influence(gram_KK, self.config.cosine, self.config.self_term)
         exponent_K = self.config.step_size * influence_K
         return weights_K * np.exp(exponent_K - exponent_K.max()), {"influence": influence_K}
 
 
 @dataclass(frozen=True)
-class Mgda(Adaptive):
+class Mgda(FromGradients):
     """Multiple-gradient descent: the convex mixture of the gradients with the smallest norm (Désidéri 2012, 1810.04650).
 
     w = argmin_{w in simplex} w^T gram w; a step along sum_k w_k g_k then worsens no objective, to first order. With
@@ -49,15 +62,10 @@ class Mgda(Adaptive):
 
     config: MgdaWeighting
 
-    def propose(
-        self, weights_K: np.ndarray, prior_K: np.ndarray, memory: Mapping[str, Any], observation: Observation
-    ) -> tuple[np.ndarray, Mapping[str, Any]]:
+    def choose(self, weights_K: np.ndarray, gram_KK: np.ndarray) -> tuple[np.ndarray, Mapping[str, Any]]:
         """The min-norm weights."""
-        if Signal.GRAM not in observation.signals:
-            return np.full(len(prior_K), np.nan), {}
-        gram_KK = observation.signals[Signal.GRAM]
         speaks = np.flatnonzero(gram_KK.diagonal() > 0)
-        wanted_K = np.full(len(prior_K), np.nan)
+        wanted_K = np.full(len(weights_K), np.nan)
         if speaks.size:
             chosen_KK = cosines(gram_KK) if self.config.unit else gram_KK
             wanted_K[speaks] = min_norm(chosen_KK[np.ix_(speaks, speaks)])
