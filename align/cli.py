@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from align import __version__
+from align.cli_worker import add_worker_arguments, run_worker
 from align.guard import check_imports
 from align.launch import add_train_arguments, share_cores
 
@@ -56,6 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", metavar="FILE", default="", help="write the figures to this file")
     report = command("report", _report, "Write report.html and front.png of a run.")
     report.add_argument("run_folder", metavar="RUN")
+    worker = command("worker", _worker, "Run one vLLM server here, for a trainer that names it in rollout.engine.urls.")
+    add_worker_arguments(worker)
     command("schema", _schema, "Print the JSON schema of the configuration, for editors.")
     return parser
 
@@ -82,6 +85,11 @@ def _report(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from align.report import write_report
 
     print(write_report(Path(options.run_folder)))
+    return 0
+
+
+def _worker(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    run_worker(options)
     return 0
 
 

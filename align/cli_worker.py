@@ -1,0 +1,102 @@
+"""`paretune worker`: one vLLM server in the foreground, for trainers on other machines."""
+
+import argparse
+import glob
+import json
+import os
+import secrets
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+from align.config.rollout_rules import is_loopback
+from align.launch import told_to_use_cpu
+from rollout.server import (
+    SERVERS_KEY,
+    TRANSFERS,
+    ServerOptions,
+    child_environment,
+    server_command,
+    server_environment,
+)
+
+
+def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `paretune worker`."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="model folder or hub name: the policy that training starts from")
+    add("--revision", default="", help="of a model on the hub (default: the newest)")
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=int, default=8100, help="port to listen on (default: %(default)s)")
+    add("--dtype", default="float32", help="of the weights: float32, bfloat16, float16 or auto (default: %(default)s)")
+    add("--max-concurrent", type=int, default=256, help="most sequences generated at once (default: %(default)s)")
+    add("--max-model-len", type=int, default=0, help="most tokens of prompt and completion (default: the model's own)")
+    add("--tensor-parallel", type=int, default=1, help="GPUs that share the model (default: %(default)s)")
+    add("--gpu-memory", type=float, default=0.9, help="share of each GPU's memory to use (default: %(default)s)")
+    add("--cpu-cache", type=float, default=1.0, metavar="GIB", help="key-value cache on a CPU (default: %(default)s)")
+    add("--threads", type=int, default=0, help="threads to compute with on a CPU (default: one per core)")
+    add("--device", choices=("auto", "cpu", "gpu"), default="auto", help="what vLLM is built for (default: %(default)s)")
+    add("--trust-remote-code", action="store_true", help="let code that comes with the model run")
+    add("--transfer", choices=TRANSFERS, default=TRANSFERS[0], help="how new weights arrive (default: %(default)s)")
+    add("--args", metavar="JSON", default="{}", help='further arguments of vLLM, such as \'{"quantization": "fp8"}\'')
+
+
+def run_worker(options: argparse.Namespace) -> None:
+    """Become a vLLM server: signals then reach it without a go-between. Does not return.
+
+    Raises:
+        ValueError: vLLM is not installed, an argument is out of range, or others could reach a server without a key.
+    """
+    served = ServerOptions(
+        model=options.model,
+        revision=options.revision,
+        dtype=options.dtype,
+        max_concurrent=options.max_concurrent,
+        max_model_len=options.max_model_len,
+        tensor_parallel=options.tensor_parallel,
+        gpu_memory=options.gpu_memory,
+        cpu_cache_gib=options.cpu_cache,
+        trust_remote_code=options.trust_remote_code,
+        transfer=options.transfer,
+        args=_further(options.args),
+    )
+    if not 0 < options.port < 65536:
+        raise ValueError(f"--port {options.port} must be from 1 to 65535")
+    key = _key(options.host)
+    if find_spec("vllm") is None:
+        raise ValueError("vLLM is not installed: run `scripts/setup vllm`")
+    cpu = options.device == "cpu" or (options.device == "auto" and _on_cpu())
+    threads = options.threads or len(os.sched_getaffinity(0))
+    command = server_command(served, options.host, options.port, cpu)
+    environment = child_environment(os.environ, server_environment(key, cpu, threads, (), served))
+    environment.pop(SERVERS_KEY, None)  # the server has it under vLLM's name
+    os.execvpe(command[0], command, environment)
+
+
+def _key(host: str) -> str:
+    """The key in the environment; on loopback one is made up, and shown, where there is none."""
+    key = os.environ.get(SERVERS_KEY, "").strip()
+    if key:
+        return key
+    if not is_loopback(host):
+        raise ValueError(
+            f"--host {host} can be reached from elsewhere, and whoever reaches this server can run code on it: set "
+            f"{SERVERS_KEY} to a secret here and where the trainer runs, or listen on 127.0.0.1"
+        )
+    key = secrets.token_urlsafe(32)
+    print(f"Start the trainer with\nexport {SERVERS_KEY}={key}", flush=True)
+    return key
+
+
+def _further(text: str) -> dict[str, Any]:
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--args {text!r} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f'--args {text!r} must be a JSON object, such as {{"quantization": "fp8"}}')
+    return found
+
+
+def _on_cpu() -> bool:
+    return told_to_use_cpu(os.environ) or not glob.glob("/dev/nvidia[0-9]*") or sys.platform != "linux"
