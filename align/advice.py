@@ -17,6 +17,7 @@ def advise(config: Config) -> list[str]:
         *_on_sizes_of_weights(config),
         *_on_factor_on_rewards(config),
         *_on_evaluation(config),
+        *_on_rollout(config),
     ]
 
 
@@ -175,6 +176,19 @@ def _on_evaluation(config: Config) -> list[str]:
     if not config.evaluation.every:
         warnings.append("evaluation.every is 0: there will be no Pareto archive, and no front in the report")
     return warnings
+
+
+def _on_rollout(config: Config) -> list[str]:
+    """Samples that are not quite the learner's own."""
+    rollout = config.rollout
+    if rollout.correction.type == "none" and rollout.lookahead:
+        return ["rollout.lookahead=1 with correction none: samples of an older policy count as this one's, which is biased"]
+    if rollout.correction.type == "none" and rollout.engine.type == "vllm":
+        return [
+            "rollout.correction none with vLLM: what the two engines compute otherwise is not corrected, and not measured "
+            "beyond the check of every push"
+        ]
+    return []
 
 
 def advise_on_prompts(config: Config, prompts: PromptSets) -> list[str]:

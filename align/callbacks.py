@@ -20,6 +20,9 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested = False
+
+    def listen(self) -> None:
+        """From now on; before, a signal stops at once."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 

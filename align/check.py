@@ -21,6 +21,7 @@ from align.build import (
     objectives_of,
 )
 from align.config import Config, describe
+from align.engine import check_engine
 from align.load import load_config
 from align.plan import make_plan
 from rewards.component import find_reward
@@ -40,6 +41,7 @@ def check(path: str, processes: int, overrides: Sequence[str]) -> int:
     os.environ["HF_HUB_OFFLINE"] = "1"
     config = load_config(path, overrides)
     plan = make_plan(config, processes)
+    check_engine(config)
     print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110), end="")
     print(f"\nbatch: {config.rollout.prompts_per_batch} prompts x {config.rollout.samples_per_prompt} samples = "
           f"{plan.samples_per_batch}; {plan.samples_per_process} per process, in {plan.passes_per_batch} pass(es) of "

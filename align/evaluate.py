@@ -9,6 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from align.runlog import sample_rows
+from align.together import together
 from rewards.bus import RewardBus
 from rewards.types import Objective
 from rollout.sampler import Sampler, SamplingParams
@@ -46,9 +47,13 @@ def evaluate(sampler: Sampler, bus: RewardBus, prompts: Sequence[Prompt], params
         prompts: P held-out prompts, the same in every process; at least one per process.
         params: With G samples per prompt, and the seed of this process.
         step: Written into the rows.
+
+    Raises:
+        RolloutError: In every process, when any of them cannot have its samples.
     """
     processes = PartialState()
-    groups = sampler.sample(prompts[processes.process_index :: processes.num_processes], params)
+    share = prompts[processes.process_index :: processes.num_processes]
+    groups = together(lambda: sampler.sample(share, params))
     matrix = bus.score(groups)
     rows = sample_rows(step, groups, matrix, weights_K=(), advantages_N=())
     raw_NK = np.concatenate(gather_object([matrix.raw_NK]))

@@ -16,7 +16,7 @@ from align.checkpoint import complete_checkpoints
 from align.config import Config
 from align.launch import quiet
 from align.load import load_config
-from align.sampling import evaluation_params
+from align.sampling import Place, evaluation_params
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -81,10 +81,10 @@ def _evaluate(policy: Policy, config: Config) -> "Summary":
     model = _load(policy.path, config).to("cuda" if torch.cuda.is_available() else "cpu")
     stop = model.generation_config.eos_token_id
     stop = [stop] if isinstance(stop, int) else list(stop or [])
-    sampler = LocalSampler(
-        lambda: _lend(model), tokenizer, sorted({*stop, tokenizer.eos_token_id}), config.rollout.engine.batch_size
-    )
-    params = evaluation_params(config, process=0)
+    engine = config.rollout.engine  # whatever trained, checkpoints are sampled by transformers
+    batch_size = engine.batch_size if engine.type == "transformers" else engine.max_concurrent
+    sampler = LocalSampler(lambda: _lend(model), tokenizer, sorted({*stop, tokenizer.eos_token_id}), batch_size)
+    params = evaluation_params(config, Place())
     evaluation = evaluate(sampler, build_bus(config, prompts.columns), prompts.evaluation, params, step=0)
     return summarize(evaluation.raw_PGK, objectives_of(config))
 

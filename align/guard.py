@@ -3,6 +3,9 @@
 The three names also belong to unrelated packages, and installers merge folders without a word.
 """
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import packages_distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +31,19 @@ def check_imports() -> None:
             )
     if home.name in ("site-packages", "dist-packages"):  # only there can installers mix folders
         _check_owners()
+
+
+@contextmanager
+def hidden(package: str) -> Iterator[None]:
+    """Let a package seem not to be installed while others are imported that would import it, and take seconds for it."""
+    before = sys.modules.pop(package, None)
+    sys.modules[package] = None
+    try:
+        yield
+    finally:
+        del sys.modules[package]
+        if before is not None:
+            sys.modules[package] = before
 
 
 def _check_owners() -> None:

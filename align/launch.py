@@ -7,6 +7,7 @@ a trace: MASTER_ADDR is set although there is no rank. Then this process replace
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 
 _PATIENT = ("--shutdown_timeout", "600")  # seconds to finish the step and save it after Ctrl-C, before SIGKILL
@@ -35,6 +36,7 @@ def quiet() -> None:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_warning()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")  # DeepSpeed's calls
 
 
 def relaunch_on_cpu(module: str, arguments: Sequence[str]) -> None:

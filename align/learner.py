@@ -22,20 +22,27 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from transformers import ProgressCallback as TrainerProgress
-from trl import GRPOConfig, GRPOTrainer
-from trl.models import unwrap_model_for_generation
+
+from align.guard import hidden
+
+with hidden("vllm"):  # TRL has its own use for it, we have not
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.models import unwrap_model_for_generation
 
 from align.archive import Archive, ParetoPoint
 from align.build import PromptSets
 from align.checkpoint import STATE_FILE, RunState, checkpoint_name, prune, read_state, write_state
 from align.config import Config
+from align.correction import correction_metrics
 from align.evaluate import evaluate, summarize
 from align.learner_args import peft_config
 from align.missing import MissingRewardError, unmeasured
 from align.plan import Plan, Schedule
+from align.policy import PolicyAccess
 from align.probe import NO_GRAM, OBJECTIVE_ADVANTAGES, build_probe, replaced, select
+from align.rollouts import Rollouts
 from align.runlog import RunFiles
-from align.sampling import evaluation_params, training_params
+from align.sampling import Place, evaluation_params
 from align.step import StepRules, advantages_alone, take_step
 from align.weighting import Signal, WeightState
 from rewards.bus import RewardBus
@@ -78,7 +85,7 @@ class Parts:
     archive: Archive
 
 
-class Learner(GRPOTrainer):
+class Learner(PolicyAccess, GRPOTrainer):
     """Trains the policy on the advantages that `take_step` gives.
 
     Args:
@@ -112,7 +119,11 @@ class Learner(GRPOTrainer):
         self.remove_callback(TrainerProgress)  # ours shows the objectives
         self.remove_callback(PrinterCallback)
         self.weight_state = parts.rules.scheme.init(parts.rules.objectives)
-        self.sampler = make_sampler(self)
+        # TRL corrects, by ratios learner / sampler, only what it takes for its own vLLM's doing.
+        self.use_vllm = parts.config.rollout.correction.type != "none"
+        self.rollouts = Rollouts(
+            parts.config, parts.plan, parts.prompts.train, make_sampler(self), self, len(parts.tokenizer)
+        )
         if Signal.GRAM in parts.rules.scheme.needs:
             self._probe = build_probe(parts.config, self.model, parts.plan.micro_batch_size, self.aux_loss_enabled)
         self._told: set[str] = set()
@@ -127,6 +138,7 @@ class Learner(GRPOTrainer):
         """Let TRL run, then put our advantages in the place of its own."""
         self._prompt_indices = [row["index"] for row in inputs]
         step, tokens_seen = self.state.global_step, self.state.num_input_tokens_seen
+        self._last_loaded_step = step  # there is no vLLM of TRL's own to bring up to date
         output = super()._generate_and_score_completions(inputs)
         try:
             result = take_step(self.parts.rules, self.weight_state, self._gathered, step, self._signals(output))
@@ -144,24 +156,22 @@ class Learner(GRPOTrainer):
         advantages_N = result.advantages_PG.reshape(-1)[local]
         self.parts.files.samples.write(step + 1, self._groups, self._scored, result.state.weights_K, advantages_N)
         self._log_batch(result.metrics)
+        if self.use_vllm:
+            cap = self.parts.config.rollout.correction.max
+            self._add_metrics(correction_metrics(output["importance_sampling_ratio"], output["completion_mask"], cap))
         output["advantages"] = torch.tensor(advantages_N, dtype=torch.float32, device=self.accelerator.device)
         return output
 
     def roll_out(self) -> dict[str, Any]:
         """Sample this process's part of the batch; the answer to TRL's `rollout_func`."""
-        start = time.perf_counter()
-        rollout = self.parts.config.rollout
-        prompts = [self.parts.prompts.train[i] for i in self._prompt_indices[:: rollout.samples_per_prompt]]
-        self.sampler.sync(self._named_weights(), self.state.global_step)
-        self._groups = self.sampler.sample(
-            prompts, training_params(self.parts.config, self.state.global_step, self.accelerator.process_index)
-        )
-        self._metrics["train"]["time/sampling"].append(time.perf_counter() - start)
+        indices = self._prompt_indices[:: self.parts.config.rollout.samples_per_prompt]
+        self._groups = self.rollouts.batch(indices, self.state.global_step)
+        self._add_metrics(self.rollouts.take_metrics())
         samples = [(group.prompt, sample) for group in self._groups for sample in group.samples]
         return {
             "prompt_ids": [list(prompt.token_ids) for prompt, _ in samples],
             "completion_ids": [list(sample.token_ids) for _, sample in samples],
-            "logprobs": None,
+            "logprobs": [list(sample.log_probs) for _, sample in samples] if self.use_vllm else None,
         }
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -225,9 +235,9 @@ class Learner(GRPOTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate on the held-out prompts and add the point to the archive; takes the place of TRL's evaluation."""
         parts, step = self.parts, self.state.global_step
-        self.sampler.sync(self._named_weights(), step)
-        params = evaluation_params(parts.config, self.accelerator.process_index)
-        evaluation = evaluate(self.sampler, parts.bus, parts.prompts.evaluation, params, step)
+        self.rollouts.sync(step)
+        params = evaluation_params(parts.config, Place(self.accelerator.process_index, parts.plan.processes))
+        evaluation = evaluate(self.rollouts.sampler, parts.bus, parts.prompts.evaluation, params, step)
         summary = summarize(evaluation.raw_PGK, parts.rules.objectives)
         checkpoint = f"checkpoints/{checkpoint_name(step)}" if parts.schedule.saves_at(step) else ""
         parts.archive.append(
@@ -316,9 +326,6 @@ class Learner(GRPOTrainer):
         with unwrapped as model, self._dist.summon_full_params(self.model_wrapped, recurse=False):
             yield model
 
-    def _named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((name, parameter.detach()) for name, parameter in self.model.named_parameters())
-
     def _signals(self, output: Mapping[str, Any]) -> Mapping[Signal, np.ndarray]:
         """What the scheme needs and can be had by now, and nothing else; `output` is the batch as TRL made it."""
         needs = self.parts.rules.scheme.needs
@@ -326,26 +333,13 @@ class Learner(GRPOTrainer):
         if Signal.VALIDATION in needs and self.parts.archive.points:
             signals[Signal.VALIDATION] = self.parts.archive.every_vector_MK()
         if Signal.KL in needs:
-            signals[Signal.KL] = self._log_ratios(output).reshape(-1, self.parts.rules.group_size)
+            signals[Signal.KL] = self.log_ratios(output).reshape(-1, self.parts.rules.group_size)
         if Signal.GRAM in needs:
             if not self._probe.ordinary and self.parts.rules.scheme.due(self.weight_state, self.state.global_step):
                 self._probe_gradients(output)
             if self._probe.waiting_KK.size:
                 signals[Signal.GRAM] = self._probe.waiting_KK
         return signals
-
-    def _log_ratios(self, batch: Mapping[str, Any]) -> np.ndarray:
-        """log pi(y) / pi_ref(y) of every sample of all processes (N,), summed over its tokens, nats."""
-        tokens = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
-        mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        self.model.eval()  # as the reference policy is: without dropout
-        with torch.no_grad():
-            log_probs, *_ = self._get_per_token_logps_and_entropies(
-                self.model, tokens, mask, batch["completion_ids"].size(1), batch_size=self.args.per_device_train_batch_size
-            )
-        self.model.train()
-        ratios = ((log_probs - batch["ref_per_token_logps"]) * batch["completion_mask"]).sum(dim=1)
-        return gather(ratios).double().cpu().numpy()
 
     def _tell(self, state: WeightState) -> None:
         """Print, once each, what the scheme says and which objectives nobody could measure."""
@@ -370,8 +364,7 @@ class Learner(GRPOTrainer):
         logged = self._metrics["train"]
         for key in [k for k in logged if k in TRL_REWARD_METRICS or k.startswith("rewards/")]:
             del logged[key]
-        ages = [self.state.global_step - sample.policy_version for group in self._groups for sample in group.samples]
-        self._add_metrics({**metrics, "policy_age": max(ages)})
+        self._add_metrics(metrics)
 
     def _add_metrics(self, metrics: Mapping[str, float]) -> None:
         for key, value in metrics.items():

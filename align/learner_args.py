@@ -49,6 +49,13 @@ def trl_arguments(config: Config, plan: Plan, checkpoints: Path, evaluate_first:
         "save_strategy": "no",  # evaluation and checkpoints follow our own schedule
         "eval_on_start": evaluate_first,
     }
+    correction = config.rollout.correction
+    if correction.type != "none":
+        owned |= {
+            "vllm_importance_sampling_mode": f"{correction.level}_{correction.type}",
+            "vllm_importance_sampling_clip_max": correction.max,
+            "vllm_importance_sampling_clip_min": correction.min or None,
+        }
     if Signal.KL in config.weighting.needs and not config.trl.get("beta"):
         owned["beta"] = KEEP_REFERENCE
     return defaults | dict(config.trl) | owned

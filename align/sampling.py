@@ -3,6 +3,8 @@
 No generator has a state that would have to be saved: a resumed run draws what the uninterrupted one would have drawn.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from align.config import Config
@@ -11,29 +13,46 @@ from rollout.sampler import SamplingParams
 _TRAINING, _EVALUATION = 0, 1  # streams of random numbers
 
 
-def training_params(config: Config, step: int, process: int) -> SamplingParams:
-    """For the batch drawn by one process after `step` optimiser steps."""
+@dataclass(frozen=True)
+class Place:
+    """One process among all: its index, and their number."""
+
+    process: int = 0
+    processes: int = 1
+
+
+def training_params(config: Config, step: int, place: Place) -> SamplingParams:
+    """For one process's part of the batch drawn after `step` optimiser steps: its share is one block."""
     rollout = config.rollout
     return SamplingParams(
         samples_per_prompt=rollout.samples_per_prompt,
         max_tokens=rollout.max_tokens,
-        seed=_seed(config.seed, _TRAINING, step, process),
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
         min_p=rollout.min_p,
         repetition_penalty=rollout.repetition_penalty,
+        log_probs=rollout.correction.type != "none",
+        first=place.process * (rollout.prompts_per_batch // place.processes),
+        seed=_seed(config.seed, _TRAINING, step, *_of_process(config, place)),
     )
 
 
-def evaluation_params(config: Config, process: int) -> SamplingParams:
-    """For held-out prompts; the seed is the same at every step, so that policies are compared on equal terms."""
+def evaluation_params(config: Config, place: Place) -> SamplingParams:
+    """For held-out prompts, dealt out one by one; equal seeds at every step, so that policies meet on equal terms."""
     return SamplingParams(
         samples_per_prompt=config.evaluation.samples_per_prompt,
         max_tokens=config.rollout.max_tokens,
-        seed=_seed(config.seed, _EVALUATION, process),
         temperature=config.evaluation.temperature,
+        first=place.process,
+        stride=place.processes,
+        seed=_seed(config.seed, _EVALUATION, *_of_process(config, place)),
     )
+
+
+def _of_process(config: Config, place: Place) -> tuple[int, ...]:
+    """An engine with one generator needs one per process; with vLLM every sample has its own, by its place."""
+    return (place.process,) if config.rollout.engine.type == "transformers" else ()
 
 
 def _seed(*key: int) -> int:

@@ -23,6 +23,7 @@ from align.build import PromptSets, build_bus, check_shares, load_prompts, load_
 from align.checkpoint import read_state
 from align.config import describe
 from align.config.lagrangian_rules import constraint_kinds
+from align.engine import check_engine
 from align.files import replace_text
 from align.guard import check_imports
 from align.launch import add_train_arguments, quiet, relaunch_on_cpu, share_cores, told_to_use_cpu
@@ -61,7 +62,10 @@ def train(config_path: str, resume: str, overrides: Sequence[str]) -> int:
         return _fail(error)
     from accelerate import PartialState
 
-    status = _run(run, built)
+    try:
+        status = _run(run, built)
+    except KeyboardInterrupt:
+        return _fail(KeyboardInterrupt("interrupted"), status=130)
     PartialState().wait_for_everyone()  # launchers end all processes when the first one is gone
     PartialState().destroy_process_group()
     return status
@@ -90,6 +94,7 @@ def build(run: Run) -> Built:
     tokenizer, context = load_tokenizer(model, config)
     prompts = load_prompts(config, tokenizer, context)
     check_shares(prompts, plan.processes)
+    check_engine(config)
     bus = build_bus(config, prompts.columns)
     from align.learner import GRPOConfig  # imports TRL: seconds, so after what is quick to refuse
     from align.learner_args import trl_arguments
@@ -104,11 +109,11 @@ def build_learner(run: Run, built: Built, schedule: Schedule, callbacks: Sequenc
     from accelerate import PartialState
 
     from align.archive import Archive
+    from align.engine import open_engine
     from align.learner import Learner, Parts
     from align.runlog import RunFiles
     from align.step import StepRules
     from align.weighting import build_scheme
-    from rollout.local import LocalSampler
 
     config, state = run.config, PartialState()
     objectives = objectives_of(config)
@@ -130,13 +135,12 @@ def build_learner(run: Run, built: Built, schedule: Schedule, callbacks: Sequenc
     parts = Parts(
         config, built.plan, schedule, rules, built.prompts, built.bus, built.tokenizer, built.model, files, archive
     )
-    engine = config.rollout.engine
-    return Learner(
-        parts,
-        built.trl,
-        lambda learner: LocalSampler(learner.policy, built.tokenizer, learner.eos_token_ids, engine.batch_size),
-        callbacks,
-    )
+    engine = open_engine(config, built.prompts, built.tokenizer, built.model, run.folder)
+    try:
+        return Learner(parts, built.trl, engine.sampler, callbacks)
+    except BaseException:
+        engine.close()
+        raise
 
 
 # --- run --------------------------------------------------------------------------------------------------------------
@@ -148,6 +152,7 @@ def _run(run: Run, built: Built) -> int:
     from align.callbacks import ProgressCallback, ScheduleCallback, StopSignal
     from align.missing import MissingRewardError
     from align.probe import ProbeError
+    from rollout.sampler import RolloutError
 
     config, state = run.config, PartialState()
     quiet()
@@ -163,17 +168,18 @@ def _run(run: Run, built: Built) -> int:
     progress = ProgressCallback(list(config.objectives), config.steps, kinds)
     try:
         learner = build_learner(run, built, schedule, [on_schedule, progress])
-    except ProbeError as error:  # seen only once the policy is loaded
-        return _fail(error)
+    except (ProbeError, RolloutError) as error:  # seen only once the policy is loaded, or its servers are asked
+        return _fail(error, f"Nothing was trained yet; mend it, then {_resume_command(run)}")
+    stop.listen()
     start, done = time.perf_counter(), read_state(Path(run.checkpoint)).step if run.checkpoint else 0
     try:
         learner.train(resume_from_checkpoint=run.checkpoint or None)
-    except MissingRewardError as error:
+    except (MissingRewardError, RolloutError) as error:
         learner.save_unless_saved()
         print(flush=True)  # below the progress bar
         return _fail(error, f"Nothing is lost: mend it, then {_resume_command(run)}")
     finally:
-        learner.sampler.close()
+        learner.rollouts.close()
     if state.is_main_process:
         if on_schedule.stopped and learner.state.global_step < config.steps:
             print(f"stopped after step {learner.state.global_step}; go on with: {_resume_command(run)}")
@@ -242,11 +248,11 @@ def _resume_command(run: Run) -> str:
     return f"{launcher} --resume {shlex.quote(str(run.folder))}"
 
 
-def _fail(error: Exception, advice: str = "") -> int:
+def _fail(error: BaseException, advice: str = "", status: int = 2) -> int:
     """Print an error for the user, once for all processes; the exit status."""
     if is_main():
         print(f"error: {error}" + (f"\n{advice}" if advice else ""), file=sys.stderr)
-    return 2
+    return status
 
 
 if __name__ == "__main__":

@@ -4,10 +4,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
-from rollout.sampler import SamplingParams
+from rollout.sampler import Gap, SamplingParams
 from rollout.types import FinishReason, Prompt, Sample, SampleGroup
 
 
@@ -20,6 +31,8 @@ class LocalSampler:
         stop_token_ids: Tokens that end a completion.
         batch_size: Samples generated at once.
     """
+
+    shares_weights = True
 
     def __init__(
         self,
@@ -50,6 +63,14 @@ class LocalSampler:
         size = params.samples_per_prompt
         return [SampleGroup(p, tuple(samples[i * size : (i + 1) * size])) for i, p in enumerate(prompts)]
 
+    def verify(self, sequences: Sequence[Sequence[int]], expected: np.ndarray) -> Gap:
+        """No gap: the weights are the learner's own."""
+        return Gap()
+
+    def differing(self) -> Sequence[str]:
+        """None."""
+        return ()
+
     def close(self) -> None:
         """Nothing to release."""
 
@@ -58,16 +79,19 @@ class LocalSampler:
         pad = self._tokenizer.pad_token_id
         input_ids = torch.tensor([[pad] * (width - len(p.token_ids)) + list(p.token_ids) for p in prompts])
         mask = torch.tensor([[0] * (width - len(p.token_ids)) + [1] * len(p.token_ids) for p in prompts])
+        recorder = _Recorder(width)
         output = model.generate(
             input_ids=input_ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=self._generation_config(params),
+            logits_processor=LogitsProcessorList([*_warpers(params), recorder] if params.log_probs else []),
         )
         completions = [self._cut(ids) for ids in output[:, width:].tolist()]
+        log_probs = recorder.log_probs(output) if params.log_probs else [[]] * len(completions)
         texts = self._tokenizer.batch_decode(completions, skip_special_tokens=True)
         return [
-            Sample(tuple(ids), (), self._finish_reason(ids), self._version, text)
-            for ids, text in zip(completions, texts, strict=True)
+            Sample(tuple(ids), tuple(values[: len(ids)]), self._finish_reason(ids), self._version, text)
+            for ids, values, text in zip(completions, log_probs, texts, strict=True)
         ]
 
     def _cut(self, ids: list[int]) -> list[int]:
@@ -81,16 +105,16 @@ class LocalSampler:
         return FinishReason.STOP if ids and ids[-1] in self._stop else FinishReason.LENGTH
 
     def _generation_config(self, params: SamplingParams) -> GenerationConfig:
-        sampling = (
-            {}
-            if params.temperature == 0
-            else {
-                "temperature": params.temperature,
-                "top_p": params.top_p,
-                "top_k": params.top_k,
-                "min_p": params.min_p or None,
-            }
-        )
+        sampling = {
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "min_p": params.min_p or None,
+        }
+        if params.temperature == 0:
+            sampling = {}
+        elif params.log_probs:  # `_warpers` do it, in front of the recorder
+            sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
         return GenerationConfig(
             do_sample=params.temperature > 0,
             max_new_tokens=params.max_tokens,
@@ -99,6 +123,40 @@ class LocalSampler:
             repetition_penalty=params.repetition_penalty,
             **sampling,
         )
+
+
+class _Recorder(LogitsProcessor):
+    """Notes the log-probability of every token drawn; last among the processors, it sees what is drawn from.
+
+    A step's token is known at the next one, so a step's log-probabilities (N, vocabulary) are kept until then.
+    """
+
+    def __init__(self, width: int):
+        self._width = width
+        self._waiting: torch.Tensor
+        self._drawn: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        if input_ids.shape[1] > self._width:
+            self._drawn.append(self._waiting.gather(1, input_ids[:, -1:]))
+        self._waiting = scores.float().log_softmax(dim=1)
+        return scores
+
+    def log_probs(self, output: torch.LongTensor) -> list[list[float]]:
+        """Of the completions in `output` (N, width + T), padding included."""
+        return torch.cat([*self._drawn, self._waiting.gather(1, output[:, -1:])], dim=1).tolist()
+
+
+def _warpers(params: SamplingParams) -> list[LogitsProcessor]:
+    """The sampling settings in transformers' own order; transformers would put them behind processors of ours."""
+    if params.temperature == 0:
+        return []
+    return [
+        *([TemperatureLogitsWarper(params.temperature)] if params.temperature != 1 else []),
+        *([TopKLogitsWarper(params.top_k)] if params.top_k else []),
+        *([TopPLogitsWarper(params.top_p)] if params.top_p < 1 else []),
+        *([MinPLogitsWarper(params.min_p)] if params.min_p else []),
+    ]
 
 
 @contextmanager

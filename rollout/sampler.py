@@ -4,7 +4,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from rollout.types import Prompt, SampleGroup
+
+
+class RolloutError(RuntimeError):
+    """Samples cannot be had, or not with the policy's weights; the message says why and what helps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +26,10 @@ class SamplingParams:
         top_k: Keep the k likeliest tokens; 0 keeps all.
         min_p: Keep tokens at least this times as likely as the likeliest.
         repetition_penalty: 1 is none.
+        log_probs: Whether samples shall have the log-probabilities that they were drawn with.
+        first: Place of the first prompt among those of all processes; `stride` apart are the others. Engines that draw every
+            sample with a seed of its own then give the same samples whatever the number of processes.
+        stride: See `first`.
     """
 
     samples_per_prompt: int
@@ -30,10 +40,23 @@ class SamplingParams:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    log_probs: bool = False
+    first: int = 0
+    stride: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Absolute differences of log-probabilities between two engines, nats: 0 where they share their weights."""
+
+    mean: float = 0.0
+    max: float = 0.0
 
 
 class Sampler(Protocol):
     """Makes samples with the newest policy it was given."""
+
+    shares_weights: bool  # with the learner: then there is nothing to push, and nothing to verify
 
     def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[SampleGroup]:
         """One group of `params.samples_per_prompt` samples per prompt, in the order of the prompts."""
@@ -41,6 +64,19 @@ class Sampler(Protocol):
 
     def sync(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
         """Take over new policy weights. Engines that share the learner's memory only note the version."""
+        ...
+
+    def verify(self, sequences: Sequence[Sequence[int]], expected: np.ndarray) -> Gap:
+        """How far the log-probabilities that the engine gives fixed sequences lie from the learner's.
+
+        Args:
+            sequences: S of T token ids each.
+            expected: The learner's (S, T - 1), of all tokens but the first.
+        """
+        ...
+
+    def differing(self) -> Sequence[str]:
+        """Names of the weights that the engine does not compute with as they were synced; asked after a failed check."""
         ...
 
     def close(self) -> None:

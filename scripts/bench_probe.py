@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
-import align.learner
+import align.rollouts
 from align.callbacks import ScheduleCallback
 from align.config.weighting import FixedWeighting, GradientWeighting, ProbeConfig
 from align.plan import Schedule
@@ -180,8 +180,8 @@ class Turns(TrainerCallback):
         """Make the sides of a learner."""
         self._learner = learner
         self._sides = {name: self._side(name) for name in self.names}
-        original = align.learner.training_params
-        align.learner.training_params = lambda config, _, process: original(config, self.step // len(self.names), process)
+        original = align.rollouts.training_params
+        align.rollouts.training_params = lambda config, _, place: original(config, self.step // len(self.names), place)
 
     def _side(self, name: str) -> Side:
         config, objectives = self._learner.parts.config, self._learner.parts.rules.objectives

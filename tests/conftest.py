@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,42 @@ def read_lines(path: Path) -> list[dict]:
 def overrides(output: Path, *more: str) -> Sequence[str]:
     """Arguments of a small training run into a folder."""
     return ["--config", QUICKSTART, f"--output={output}", *SMALL, *more]
+
+
+@contextmanager
+def serve(model: str, logs: Path, count: int = 1):
+    """Real vLLM servers of a model, for the time of the block; skips where vLLM is not installed."""
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed (scripts/setup vllm)")
+    from rollout.server import ServerOptions
+    from rollout.workers import LocalWorkers
+
+    options = ServerOptions(
+        model=model,
+        revision="",
+        dtype="float32",
+        max_concurrent=64,
+        max_model_len=128,
+        tensor_parallel=1,
+        gpu_memory=0.9,
+        cpu_cache_gib=0.25,
+        trust_remote_code=False,
+        transfer="directory",
+        args={},
+    )
+    workers = LocalWorkers(options, count, logs, [[]] * count)
+    workers.start()
+    try:
+        yield workers
+    finally:
+        workers.close()
+
+
+@pytest.fixture(scope="session")
+def vllm_workers(tmp_path_factory):
+    """One server with the policy that ships; shared, so whoever changes its weights puts them back."""
+    with serve(str(ROOT / "align" / "policies" / "arithmetic"), tmp_path_factory.mktemp("workers")) as workers:
+        yield workers
 
 
 @pytest.fixture

@@ -1,15 +1,19 @@
-"""Sampling with transformers: groups, stopping, seeds, and the distribution that it samples from."""
+"""What every sampler must keep to: groups, stopping, seeds, and the distribution that it samples from."""
 
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from align.build import locate_model
+from rollout.client import Server
 from rollout.local import LocalSampler
 from rollout.sampler import SamplingParams
+from rollout.transfer import Follower
 from rollout.types import FinishReason, Prompt
+from rollout.vllm import Care, Limits, VllmSampler
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +22,11 @@ def policy():
     return AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
 
 
-@pytest.fixture
-def sampler(policy):
-    return make_sampler(policy)
+@pytest.fixture(params=["transformers", "vllm"])
+def sampler(request, policy):
+    if request.param == "transformers":
+        return make_sampler(policy)
+    return vllm_sampler(request.getfixturevalue("vllm_workers"), policy[1])
 
 
 def make_sampler(policy, batch_size: int = 256) -> LocalSampler:
@@ -31,6 +37,12 @@ def make_sampler(policy, batch_size: int = 256) -> LocalSampler:
         yield model
 
     return LocalSampler(lend, tokenizer, [tokenizer.eos_token_id], batch_size)
+
+
+def vllm_sampler(workers, tokenizer, timeout: float = 60.0) -> VllmSampler:
+    servers = [Server(url, workers.key, timeout) for url in workers.urls]
+    decode = partial(tokenizer.batch_decode, skip_special_tokens=True)
+    return VllmSampler(servers, Follower(), decode, [tokenizer.eos_token_id], Limits(64, 30.0), Care(), "test")
 
 
 def prompts_of(policy, *texts: str) -> list[Prompt]:
@@ -96,8 +108,8 @@ def test_samples_come_from_the_models_distribution(policy, sampler):
     assert distance < 0.5 * ((2 / torch.pi * expected * (1 - expected) / 4000).sqrt().sum()) * 2
 
 
-def test_dropout_is_off_while_sampling(policy, sampler):
-    model, _ = policy
+def test_dropout_is_off_while_sampling(policy):
+    model, sampler = policy[0], make_sampler(policy)
     seen = []
     hook = model.register_forward_pre_hook(lambda module, inputs: seen.append(module.training))
     model.train()
@@ -111,8 +123,8 @@ def test_dropout_is_off_while_sampling(policy, sampler):
     assert not any(seen)
 
 
-def test_settings_that_came_with_the_model_do_not_leak_in(policy, sampler):
-    model, _ = policy
+def test_settings_that_came_with_the_model_do_not_leak_in(policy):
+    model, sampler = policy[0], make_sampler(policy)
     prompts = prompts_of(policy, "7+5-3=?")
     plain = sampler.sample(prompts, params(samples_per_prompt=8))
     mine = model.generation_config
@@ -129,3 +141,64 @@ def test_top_k_and_top_p_narrow(policy, sampler):
     greedy = sampler.sample(prompts, params(temperature=0, samples_per_prompt=1))[0].samples[0].token_ids
     for narrow in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
         assert {s.token_ids for s in sampler.sample(prompts, params(**narrow))[0].samples} == {greedy}
+
+
+SETTINGS = [
+    {},
+    {"temperature": 0.7},
+    {"temperature": 1.3, "top_k": 5},
+    {"top_p": 0.8},
+    {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+    {"repetition_penalty": 1.3},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_log_probs_are_those_of_the_distribution_that_was_sampled_from(policy, sampler, settings):
+    """Against the model's own logits, divided and cut off by hand, token by token."""
+    model, _ = policy
+    prompts = prompts_of(policy, "7+5-3=?", "1+1+1+1=?")
+    for group in sampler.sample(prompts, params(log_probs=True, **settings)):
+        for sample in group.samples:
+            assert len(sample.log_probs) == len(sample.token_ids)
+            ids = list(group.prompt.token_ids)
+            logits = model(torch.tensor([ids + list(sample.token_ids)])).logits[0, len(ids) - 1 : -1].double()
+            for row, token, log_prob in zip(logits, sample.token_ids, sample.log_probs, strict=True):
+                assert log_prob == pytest.approx(by_hand(row, ids, **settings)[token].item(), abs=2e-4)
+                ids.append(token)
+
+
+def by_hand(logits, seen, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
+    """Log-probabilities of the next token: penalty, temperature, the k likeliest, the nucleus, the floor."""
+    logits = logits.clone()
+    for token in set(seen):
+        logits[token] *= repetition_penalty if logits[token] < 0 else 1 / repetition_penalty
+    probabilities = (logits / temperature).softmax(-1)
+    order = probabilities.argsort(descending=True)
+    keep = set(order[:top_k].tolist()) if top_k else set(order.tolist())
+    kept = torch.tensor([p if i in keep else 0.0 for i, p in enumerate(probabilities.tolist())]).double()
+    kept /= kept.sum()
+    before = kept[order].cumsum(0) - kept[order]  # mass of the likelier ones
+    kept[order[before >= top_p]] = 0.0
+    kept /= kept.sum()
+    kept[kept < min_p * kept.max()] = 0.0
+    return (kept / kept.sum()).log()
+
+
+def test_asking_for_log_probs_changes_no_sample(policy):
+    prompts = prompts_of(policy, "7+5-3=?", "1+1+1+1=?")
+    for settings in SETTINGS:
+        plain, asked = (make_sampler(policy).sample(prompts, params(log_probs=a, **settings)) for a in (False, True))
+        assert [s.token_ids for g in plain for s in g.samples] == [s.token_ids for g in asked for s in g.samples]
+
+
+def test_with_vllm_places_decide_on_samples_not_processes(policy, vllm_workers):
+    """Four prompts by one process, or by two in blocks, or dealt out one by one: the same samples."""
+    sampler = vllm_sampler(vllm_workers, policy[1])
+    prompts = prompts_of(policy, "7+5-3=?", "9-4+4=?", "1+2+3=?", "8-7=?")
+    whole = sampler.sample(prompts, params())
+    blocks = sampler.sample(prompts[:2], params()) + sampler.sample(prompts[2:], params(first=2))
+    even, odd = sampler.sample(prompts[::2], params(stride=2)), sampler.sample(prompts[1::2], params(first=1, stride=2))
+    assert blocks == whole
+    assert [even[0], odd[0], even[1], odd[1]] == whole
+    assert len({tuple(s.token_ids for s in g.samples) for g in sampler.sample([prompts[0]] * 4, params())}) > 1

@@ -6,6 +6,7 @@ from pydantic import BeforeValidator, Field, FiniteFloat, PositiveInt, model_val
 
 from align.config.advantages import CombinationConfig, EstimatorConfig, GrpoEstimator, SumThenNormalize
 from align.config.base import Name, Section
+from align.config.rollout import RolloutConfig
 from align.config.weighting import WeightingConfig
 from align.trl_options import check_trl_options
 
@@ -90,34 +91,6 @@ class PromptsConfig(Section):
     """System message in front of string prompts; needs `chat: true`."""
     chat_template_kwargs: dict[str, Any] = {}
     """Passed to the chat template, for example `{enable_thinking: false}`."""
-
-
-# --- rollout ----------------------------------------------------------------------------------------------------------
-
-
-class TransformersEngine(Section):
-    """Sampling with transformers' own generation, in the learner's process."""
-
-    type: Literal["transformers"] = "transformers"
-    batch_size: PositiveInt = 256
-    """Samples generated at once and process."""
-
-
-class RolloutConfig(Section):
-    """How samples are made. One batch holds `prompts_per_batch * samples_per_prompt` samples over all processes."""
-
-    engine: TransformersEngine = TransformersEngine()
-    prompts_per_batch: PositiveInt = 16
-    samples_per_prompt: int = Field(8, ge=2)
-    """G, the size of a sample group."""
-    max_tokens: PositiveInt = 256
-    """Longest completion, in tokens."""
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    """Keep only the k likeliest tokens; 0 keeps all."""
-    min_p: float = Field(0.0, ge=0, le=1)
-    repetition_penalty: float = Field(1.0, gt=0)
 
 
 # --- objectives, weights, advantages ----------------------------------------------------------------------------------

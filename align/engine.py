@@ -1,0 +1,233 @@
+"""From `rollout.engine` to a sampler: local vLLM servers are started by the main process, and all processes share them."""
+
+import os
+import secrets
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align.build import PromptSets
+from align.config import Config
+from align.launch import told_to_use_cpu
+from rollout.sampler import RolloutError, Sampler
+from rollout.server import SERVERS_KEY
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from align.learner import Learner
+    from rollout.transfer import Transfer
+    from rollout.workers import LocalWorkers
+
+ROOT = Path(__file__).resolve().parent.parent
+PROBES = ("The answer is 42.", " 3 + 4 = 7\n", "naïve café, 東京, \t{}[]<>")
+
+
+def check_engine(config: Config) -> None:
+    """Raise ValueError when the engine cannot be had on this machine."""
+    engine = config.rollout.engine
+    if engine.type != "vllm":
+        return
+    if not engine.urls and find_spec("vllm") is None:
+        raise ValueError(
+            "rollout.engine.type=vllm: vLLM is not installed: run `scripts/setup vllm`, or name running servers in "
+            "rollout.engine.urls"
+        )
+    if engine.sync.type == "directory" and not Path(engine.sync.path).is_dir():
+        raise ValueError(f"rollout.engine.sync.path: {engine.sync.path!r} is not a folder")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where samples come from, before there is a learner.
+
+    Args:
+        sampler: Makes the sampler around a learner.
+        close: Releases what was started, where no sampler was made.
+    """
+
+    sampler: Callable[["Learner"], Sampler]
+    close: Callable[[], None]
+
+
+def open_engine(
+    config: Config, prompts: PromptSets, tokenizer: "PreTrainedTokenizerBase", model: str, folder: Path
+) -> Engine:
+    """Start or find what samples.
+
+    Args:
+        config: Says which engine.
+        prompts: Decide how long a context is needed.
+        tokenizer: The policy's.
+        model: Folder or hub name of the policy.
+        folder: The run's; the servers' logs go there.
+
+    Raises:
+        RolloutError: In every process, when a server cannot be started, or is not fit for this policy.
+    """
+    if config.rollout.engine.type == "transformers":
+        from rollout.local import LocalSampler
+
+        size = config.rollout.engine.batch_size
+        return Engine(lambda learner: LocalSampler(learner.policy, tokenizer, learner.eos_token_ids, size), lambda: None)
+    return _Servers(config, prompts, tokenizer, model, folder).engine()
+
+
+class _Servers:
+    """vLLM servers of a run, as one learner process sees them."""
+
+    def __init__(self, config: Config, prompts: PromptSets, tokenizer: "PreTrainedTokenizerBase", model: str, folder: Path):
+        from align.together import from_main, together
+        from rollout.client import Server
+
+        self._config = config
+        self._options = config.rollout.engine
+        self._tokenizer = tokenizer
+        self._stack = ExitStack()
+        self._workers: LocalWorkers | None = None
+        longest = max(len(prompt.token_ids) for prompt in (*prompts.train, *prompts.evaluation))
+        self._context = longest + config.rollout.max_tokens
+        urls, key, self._run = from_main(lambda: self._found(model, folder))
+        self.servers = tuple(Server(url, key, self._options.request_timeout) for url in urls)
+        try:
+            together(self._check)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def engine(self) -> Engine:
+        """See `Engine`."""
+        return Engine(self._sampler, self._stack.close)
+
+    def _found(self, model: str, folder: Path) -> tuple[Sequence[str], str, str]:
+        """Addresses, key, and a name for this run's versions; in the main process."""
+        run = secrets.token_hex(4)
+        if self._options.urls:
+            return tuple(self._options.urls), os.environ.get(SERVERS_KEY, ""), run
+        from rollout.workers import LocalWorkers
+
+        cpu = on_cpu(self._config)
+        workers = LocalWorkers(
+            server_options(self._config, model, self._context),
+            self._options.workers,
+            folder / "workers",
+            placement(self._config, cpu),
+            restarts=self._options.restarts,
+            start_timeout=self._options.start_timeout,
+        )
+        self._stack.callback(workers.close)
+        workers.start()
+        self._workers = workers
+        return workers.urls, workers.key, run
+
+    def _check(self) -> None:
+        """Raise RolloutError when a server has another tokenizer, or too small a context."""
+        for server in self.servers:
+            context = server.context()
+            if context < self._context:
+                raise RolloutError(
+                    f"{server.url} has a context of {context} tokens; prompts and rollout.max_tokens need {self._context}: "
+                    "start it with a larger --max-model-len"
+                )
+            for text in PROBES:
+                here, there = self._tokenizer(text, add_special_tokens=False)["input_ids"], server.tokenize(text)
+                if list(here) != list(there):
+                    raise RolloutError(
+                        f"{server.url} has another tokenizer than the policy: {text!r} is {there[:12]} there and "
+                        f"{list(here)[:12]} here; start it with the model of policy.model"
+                    )
+
+    def _sampler(self, learner: "Learner") -> Sampler:
+        from rollout.vllm import Care, Limits, VllmSampler
+
+        processes = learner.accelerator.num_processes
+        limits = Limits(-(-self._options.max_concurrent // processes), self._options.start_timeout)
+        return VllmSampler(
+            self.servers,
+            self._transfer(learner),
+            lambda ids: self._tokenizer.batch_decode(ids, skip_special_tokens=True),
+            learner.eos_token_ids,
+            limits,
+            Care(self._revive, self._stack.close) if self._workers else Care(release=self._stack.close),
+            self._run,
+        )
+
+    def _transfer(self, learner: "Learner") -> "Transfer":
+        from rollout.keeper import start_keeper
+        from rollout.server import child_environment
+        from rollout.transfer import DirectoryTransfer, Follower, NcclTransfer
+
+        if not learner.accelerator.is_main_process:
+            return Follower()
+        if self._options.sync.type == "transfer":
+            return NcclTransfer(self._options.sync.address, learner.describe_weights)
+        folder = Path(tempfile.mkdtemp(prefix="paretune-", dir=self._options.sync.path))
+        folder.chmod(0o755 if self._options.urls else 0o700)  # servers elsewhere may run under another user
+        environment = child_environment(os.environ, {"PYTHONPATH": str(ROOT)})
+        janitor = start_keeper([], [str(folder)], environment, subprocess.DEVNULL)
+        self._stack.callback(janitor.wait)
+        self._stack.callback(janitor.stdin.close)  # before the wait: callbacks run last first
+        return DirectoryTransfer(folder)
+
+    def _revive(self, index: int, hangs: bool) -> None:
+        if hangs:
+            self._workers.kill(index)
+        if hangs or not self.servers[index].healthy():
+            print(f"vLLM worker {index} {'hangs' if hangs else 'is gone'}; starting it again", flush=True)
+            self._workers.restart(index)
+
+
+def on_cpu(config: Config) -> bool:
+    """Whether servers compute on the CPU."""
+    import torch
+
+    return told_to_use_cpu(os.environ) or bool(config.trl.get("use_cpu")) or not torch.cuda.is_available()
+
+
+def server_options(config: Config, model: str, context: int) -> Any:
+    """What a local server is started with; its context is no longer than the run needs."""
+    from rollout.server import ServerOptions
+
+    engine = config.rollout.engine
+    return ServerOptions(
+        model=model,
+        revision="" if Path(model).is_dir() else config.policy.revision,
+        dtype=engine.dtype or config.policy.dtype,
+        max_concurrent=engine.max_concurrent,
+        max_model_len=context,
+        tensor_parallel=engine.tensor_parallel,
+        gpu_memory=engine.gpu_memory,
+        cpu_cache_gib=engine.cpu_cache_gib,
+        trust_remote_code=config.policy.trust_remote_code,
+        transfer="nccl" if engine.sync.type == "transfer" else "directory",
+        args=engine.args,
+    )
+
+
+def placement(config: Config, cpu: bool) -> list[list[int]]:
+    """GPUs of every local server; none on a CPU.
+
+    Raises:
+        RolloutError: Learner processes and servers together need more GPUs than there are.
+    """
+    engine = config.rollout.engine
+    if cpu:
+        return [[] for _ in range(engine.workers)]
+    import torch
+
+    needed = engine.workers * engine.tensor_parallel
+    there, learners = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not engine.gpus and there < learners + needed:
+        raise RolloutError(
+            f"{learners} learner process(es) and rollout.engine workers={engine.workers} x tensor_parallel="
+            f"{engine.tensor_parallel} need {learners + needed} GPUs and there are {there}: start fewer learners "
+            "(--num_processes), or let them share by rollout.engine.gpus and gpu_memory"
+        )
+    gpus = engine.gpus or list(range(there - needed, there))
+    size = engine.tensor_parallel
+    return [gpus[i * size : (i + 1) * size] for i in range(engine.workers)]

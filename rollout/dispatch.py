@@ -1,0 +1,121 @@
+"""Spreads requests over servers by load, and brings back servers that fail while the others go on."""
+
+import asyncio
+import math
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Any
+
+from rollout.client import Server, ServerError, ServerTimeout
+from rollout.sampler import RolloutError
+
+RETRY_SECONDS = 1.0  # between two attempts to bring a server back
+ATTEMPTS = 4  # times that one request is tried
+
+
+class Dispatcher:
+    """Runs requests on the server that has least to do. Used for one batch, within one event loop.
+
+    Args:
+        servers: All of them.
+        away: Those that had failed before; attempts to bring them back begin at once.
+        concurrent: Requests in flight at one server.
+        bring_back: Makes a server ready that failed in some way; raises RolloutError when it is not ready yet. It is called
+            in a thread of its own.
+        patience: Seconds to wait when no server is left.
+    """
+
+    def __init__(
+        self,
+        servers: Sequence[Server],
+        away: Iterable[Server],
+        concurrent: int,
+        bring_back: Callable[[Server, RolloutError], None],
+        patience: float,
+    ):
+        self.away: set[Server] = set()
+        self._tokens = dict.fromkeys(servers, 0)  # that each server may still have to make
+        self._running = dict.fromkeys(servers, 0)
+        self._answered = dict.fromkeys(servers, -math.inf)  # when each last completed a request
+        self._concurrent = concurrent
+        self._bring_back = bring_back
+        self._patience = patience
+        self._changed = asyncio.Condition()
+        self._failure: RolloutError | None = None
+        self._recoveries: list[asyncio.Task[None]] = []
+        for server in away:
+            self._lose(server, ServerError(f"{server.url} is away"))
+
+    async def run_all(self, jobs: Sequence[tuple[int, Callable[[Server], Awaitable[Any]]]]) -> list[Any]:
+        """Results in the order of the jobs; each is (tokens it may take, what to do with a server).
+
+        The largest begin first, so that what is left at the end is small. Raises RolloutError when a job fails for good.
+        """
+        tasks: dict[int, asyncio.Task[Any]] = {}
+        try:
+            for i in sorted(range(len(jobs)), key=lambda i: -jobs[i][0]):
+                tasks[i] = asyncio.create_task(self._run(*jobs[i]))
+            await asyncio.gather(*tasks.values())
+        finally:
+            for task in (*tasks.values(), *self._recoveries):
+                task.cancel()
+            await asyncio.gather(*tasks.values(), *self._recoveries, return_exceptions=True)
+        return [tasks[i].result() for i in range(len(jobs))]
+
+    async def _run(self, tokens: int, job: Callable[[Server], Awaitable[Any]]) -> Any:
+        for attempt in range(1, ATTEMPTS + 1):
+            server = await self._take(tokens)
+            try:
+                result = await job(server)
+                self._answered[server] = time.monotonic()
+                return result
+            except ServerError as error:
+                busy = time.monotonic() - self._answered[server] < server.timeout
+                if not (busy and isinstance(error, ServerTimeout)):  # slow with this one, but at work
+                    self._lose(server, error)
+                if attempt == ATTEMPTS:
+                    raise RolloutError(f"a sample was tried {ATTEMPTS} times: {error}") from error
+            finally:
+                self._tokens[server] -= tokens
+                self._running[server] -= 1
+                async with self._changed:
+                    self._changed.notify_all()
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _take(self, tokens: int) -> Server:
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._failure or self._free())
+            if self._failure:
+                raise self._failure
+            server = min(self._free(), key=self._tokens.__getitem__)
+            self._tokens[server] += tokens
+            self._running[server] += 1
+            return server
+
+    def _free(self) -> list[Server]:
+        return [s for s, count in self._running.items() if s not in self.away and count < self._concurrent]
+
+    def _lose(self, server: Server, error: RolloutError) -> None:
+        if server not in self.away:
+            self.away.add(server)
+            self._recoveries.append(asyncio.get_running_loop().create_task(self._recover(server, error)))
+
+    async def _recover(self, server: Server, error: RolloutError) -> None:
+        """Try until the server is back, or no server has been there for too long."""
+        last_seen = time.monotonic()
+        while True:
+            try:
+                await asyncio.to_thread(self._bring_back, server, error)
+            except RolloutError as still:
+                error = still
+                alone = len(self.away) == len(self._running)
+                last_seen = last_seen if alone else time.monotonic()
+                if alone and time.monotonic() - last_seen > self._patience:
+                    self._failure = RolloutError(f"no vLLM server has answered for {self._patience:.0f} s: {error}")
+            else:
+                self.away.discard(server)
+            async with self._changed:
+                self._changed.notify_all()
+            if self._failure or server not in self.away:
+                return
+            await asyncio.sleep(RETRY_SECONDS)
