@@ -180,7 +180,15 @@ def _on_evaluation(config: Config) -> list[str]:
 
 def _on_rollout(config: Config) -> list[str]:
     """Samples that are not quite the learner's own."""
-    rollout = config.rollout
+    rollout, warnings = config.rollout, []
+    narrowed = {"top_p": rollout.top_p < 1, "top_k": rollout.top_k > 0, "min_p": rollout.min_p > 0}
+    narrowed["repetition_penalty"] = rollout.repetition_penalty != 1
+    if rollout.correction.type != "none" and any(narrowed.values()):
+        names = ", ".join(f"rollout.{name}" for name, used in narrowed.items() if used)
+        warnings.append(
+            f"{names} with rollout.correction: samples are drawn from fewer tokens than the learner counts with, so ratios "
+            "lie below 1, at level sequence the more the longer a sample is"
+        )
     if rollout.correction.type == "none" and rollout.lookahead:
         return ["rollout.lookahead=1 with correction none: samples of an older policy count as this one's, which is biased"]
     if rollout.correction.type == "none" and rollout.engine.type == "vllm":
@@ -188,7 +196,7 @@ def _on_rollout(config: Config) -> list[str]:
             "rollout.correction none with vLLM: what the two engines compute otherwise is not corrected, and not measured "
             "beyond the check of every push"
         ]
-    return []
+    return warnings
 
 
 def advise_on_prompts(config: Config, prompts: PromptSets) -> list[str]:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from align.learner import Learner
-    from rollout.transfer import Transfer
+    from rollout.publish import Leader
     from rollout.workers import LocalWorkers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +33,7 @@ def check_engine(config: Config) -> None:
     engine = config.rollout.engine
     if engine.type != "vllm":
         return
-    if not engine.urls and find_spec("vllm") is None:
+    if (not engine.urls or engine.sync.type == "transfer") and find_spec("vllm") is None:
         raise ValueError(
             "rollout.engine.type=vllm: vLLM is not installed: run `scripts/setup vllm`, or name running servers in "
             "rollout.engine.urls"
@@ -143,43 +143,48 @@ class _Servers:
                     )
 
     def _sampler(self, learner: "Learner") -> Sampler:
-        from rollout.vllm import Care, Limits, VllmSampler
+        from rollout.publish import Follower
+        from rollout.vllm import Limits, VllmSampler
 
-        processes = learner.accelerator.num_processes
-        limits = Limits(-(-self._options.max_concurrent // processes), self._options.start_timeout)
+        rank, processes = learner.accelerator.process_index, learner.accelerator.num_processes
+        start = rank * len(self.servers) // processes  # processes begin with different servers
         return VllmSampler(
-            self.servers,
-            self._transfer(learner),
+            self.servers[start:] + self.servers[:start],
+            self._leader(learner) if learner.accelerator.is_main_process else Follower(),
             lambda ids: self._tokenizer.batch_decode(ids, skip_special_tokens=True),
             learner.eos_token_ids,
-            limits,
-            Care(self._revive, self._stack.close) if self._workers else Care(release=self._stack.close),
+            Limits(-(-self._options.max_concurrent // processes), self._options.start_timeout),
             self._run,
         )
 
-    def _transfer(self, learner: "Learner") -> "Transfer":
-        from rollout.keeper import start_keeper
-        from rollout.server import child_environment
-        from rollout.transfer import DirectoryTransfer, Follower, NcclTransfer
+    def _leader(self, learner: "Learner") -> "Leader":
+        from rollout.publish import Leader
+        from rollout.transfer import DirectoryTransfer, NcclTransfer
 
-        if not learner.accelerator.is_main_process:
-            return Follower()
         if self._options.sync.type == "transfer":
-            return NcclTransfer(self._options.sync.address, learner.describe_weights)
+            transfer = NcclTransfer(self._options.sync.address, learner.describe_weights)
+        else:
+            transfer = DirectoryTransfer(self._shared_folder())
+        return Leader(self.servers, transfer, self._restart, self._options.start_timeout, self._stack.close)
+
+    def _shared_folder(self) -> Path:
+        """A folder for weights, which goes with this process, whatever ends it."""
+        from rollout.keeper import start_keeper, stop_keeper
+        from rollout.server import child_environment
+
         folder = Path(tempfile.mkdtemp(prefix="paretune-", dir=self._options.sync.path))
         folder.chmod(0o755 if self._options.urls else 0o700)  # servers elsewhere may run under another user
         environment = child_environment(os.environ, {"PYTHONPATH": str(ROOT)})
-        janitor = start_keeper([], [str(folder)], environment, subprocess.DEVNULL)
-        self._stack.callback(janitor.wait)
-        self._stack.callback(janitor.stdin.close)  # before the wait: callbacks run last first
-        return DirectoryTransfer(folder)
+        self._stack.callback(stop_keeper, start_keeper([], [str(folder)], environment, subprocess.DEVNULL))
+        return folder
 
-    def _revive(self, index: int, hangs: bool) -> None:
+    def _restart(self, index: int, hangs: bool) -> None:
+        if self._workers is None:
+            return  # somebody else looks after it
         if hangs:
             self._workers.kill(index)
-        if hangs or not self.servers[index].healthy():
-            print(f"vLLM worker {index} {'hangs' if hangs else 'is gone'}; starting it again", flush=True)
-            self._workers.restart(index)
+        print(f"vLLM worker {index} {'hangs' if hangs else 'is gone'}; starting it again", flush=True)
+        self._workers.restart(index)
 
 
 def on_cpu(config: Config) -> bool:
@@ -228,6 +233,8 @@ def placement(config: Config, cpu: bool) -> list[list[int]]:
             f"{engine.tensor_parallel} need {learners + needed} GPUs and there are {there}: start fewer learners "
             "(--num_processes), or let them share by rollout.engine.gpus and gpu_memory"
         )
+    if max(engine.gpus, default=0) >= there:
+        raise RolloutError(f"rollout.engine.gpus={engine.gpus}: there are {there} GPUs, from 0 to {there - 1}")
     gpus = engine.gpus or list(range(there - needed, there))
     size = engine.tensor_parallel
     return [gpus[i * size : (i + 1) * size] for i in range(engine.workers)]

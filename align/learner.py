@@ -17,7 +17,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is marked
 
 import numpy as np
 import torch
-from accelerate.utils import gather, gather_object
+from accelerate.utils import gather, gather_object, reduce
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
@@ -33,7 +33,7 @@ from align.archive import Archive, ParetoPoint
 from align.build import PromptSets
 from align.checkpoint import STATE_FILE, RunState, checkpoint_name, prune, read_state, write_state
 from align.config import Config
-from align.correction import correction_metrics
+from align.correction import correction_metrics, correction_sums
 from align.evaluate import evaluate, summarize
 from align.learner_args import peft_config
 from align.missing import MissingRewardError, unmeasured
@@ -157,8 +157,9 @@ class Learner(PolicyAccess, GRPOTrainer):
         self.parts.files.samples.write(step + 1, self._groups, self._scored, result.state.weights_K, advantages_N)
         self._log_batch(result.metrics)
         if self.use_vllm:
-            cap = self.parts.config.rollout.correction.max
-            self._add_metrics(correction_metrics(output["importance_sampling_ratio"], output["completion_mask"], cap))
+            options = self.parts.config.rollout.correction
+            sums = correction_sums(output["importance_sampling_ratio"], output["completion_mask"], options)
+            self._add_metrics(correction_metrics(reduce(sums)))
         output["advantages"] = torch.tensor(advantages_N, dtype=torch.float32, device=self.accelerator.device)
         return output
 

@@ -19,6 +19,11 @@ def trl_arguments(config: Config, plan: Plan, checkpoints: Path, evaluate_first:
     told = told_to_use_cpu(os.environ) or config.trl.get("use_cpu", False)
     cpu = told or not torch.accelerator.is_available()
     if plan.processes == 1 and not cpu and torch.cuda.device_count() > 1:
+        if config.rollout.engine.type == "vllm" and not config.rollout.engine.urls:
+            raise ValueError(
+                "one learner process on a GPU of its own beside vLLM's: start the server by CUDA_VISIBLE_DEVICES=1 "
+                "paretune worker MODEL, the run by CUDA_VISIBLE_DEVICES=0, and name the server in rollout.engine.urls"
+            )
         raise ValueError(
             f"one process and {torch.cuda.device_count()} visible GPUs: train on all by `accelerate launch --multi_gpu "
             f"--num_processes {torch.cuda.device_count()} -m align.train ...`, or on one by CUDA_VISIBLE_DEVICES=0"

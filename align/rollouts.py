@@ -8,19 +8,23 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
 
 from align.config import Config
+from align.config.rollout import VerifyConfig
 from align.plan import Plan
 from align.sampling import Place, training_params
 from align.together import from_main, together
 from rollout.prompts import prompt_order
-from rollout.sampler import Gap, RolloutError, Sampler
+from rollout.sampler import Check, Gap, RolloutError, Sampler
 from rollout.types import Prompt, SampleGroup
 
 
 class Policy(Protocol):
     """What is asked of the learner; by all processes together, for its weights may be shared among them."""
+
+    accelerator: Accelerator
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """All weights, under the names of a checkpoint."""
@@ -28,6 +32,10 @@ class Policy(Protocol):
 
     def score(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
         """Log-probabilities (S, T - 1) of the tokens of S sequences, but for the first of each, at temperature 1."""
+        ...
+
+    def describe_weights(self) -> Sequence[Any]:
+        """What `named_weights` will give, without its values. Raises ValueError when they cannot be sent."""
         ...
 
 
@@ -62,12 +70,15 @@ class Rollouts:
         self._policy = policy
         self._place = Place(PartialState().process_index, plan.processes)
         self._synced = -1  # step whose policy the sampler holds
+        self._order = prompt_order(len(prompts), plan.prompts, config.seed).tolist()
         self._ahead: _Ahead | None = None
         self._thread = ThreadPoolExecutor(1)
         if not sampler.shares_weights:
-            self._canaries = canaries(
-                prompts, config.rollout.engine.verify, config.rollout.max_tokens, vocabulary, config.seed
-            )
+            engine = config.rollout.engine
+            longest = max(len(prompt.token_ids) for prompt in prompts) + config.rollout.max_tokens
+            self._canaries = canaries(prompts, engine.verify, longest, vocabulary, config.seed)
+            types = {config.policy.dtype, engine.dtype or config.policy.dtype}
+            self._band = band_of(engine.verify, types == {"float32"} and policy.accelerator.mixed_precision == "no")
 
     def batch(self, indices: Sequence[int], step: int) -> list[SampleGroup]:
         """Samples of this process's prompts of a batch, and with lookahead the start of those of the next one.
@@ -126,21 +137,22 @@ class Rollouts:
         self._thread.shutdown()
 
     def _push(self, step: int) -> None:
-        """Push, compare, and once more when they differ."""
-        expected = self._policy.score(self._canaries)
-        band = band_of(self._config)
+        """Push and compare, and once more when they differ."""
+        together(self._policy.describe_weights)  # what cannot be sent is said before anything is put together
+        check = Check(self._canaries, self._policy.score(self._canaries), self._band)
         for _ in range(2):
-            together(lambda: self.sampler.sync(self._policy.named_weights(), step))
-            gap = from_main(lambda: self.sampler.verify(self._canaries, expected))
+            gap = together(lambda: self.sampler.sync(self._policy.named_weights(), step, check))
+            gap = gather_object([gap])[0]  # the main process's: the others send nothing
             self._metrics |= {"sync/gap_mean": gap.mean, "sync/gap_max": gap.max}
-            if gap.mean <= band.mean and gap.max <= band.max:
+            if check.passes(gap):
                 return
         names = from_main(self.sampler.differing)
         raise RolloutError(
             f"step {step}: after two pushes the samplers' log-probabilities of fixed sequences differ from the learner's by "
-            f"{gap.mean:.2g} nats on average, {gap.max:.2g} at most (allowed: {band.mean:g} and {band.max:g}); "
-            + (f"the samplers do not compute with these weights: {_abridged(names)}. " if names else "")
-            + "If the engines only round differently, raise rollout.engine.verify.mean_gap and max_gap"
+            f"{gap.mean:.2g} nats on average, {gap.max:.2g} at most (allowed: {check.band.mean:g} and {check.band.max:g}); "
+            + (f"they do not compute with these weights: {_abridged(names)}. " if names else "")
+            + "If the two only round differently, give both one type (rollout.engine.dtype), or raise "
+            "rollout.engine.verify.mean_gap and max_gap"
         )
 
     def _look_ahead(self, step: int) -> None:
@@ -162,20 +174,26 @@ class Rollouts:
         size = self._config.rollout.prompts_per_batch
         share = size // self._plan.processes
         first = batch * size + self._place.process * share
-        return prompt_order(len(self._prompts), self._plan.prompts, self._config.seed)[first : first + share].tolist()
+        return self._order[first : first + share]
 
 
-def band_of(config: Config) -> Gap:
-    """The largest gaps that count as rounding: of the options, or of the coarser of the two engines' types."""
-    engine = config.rollout.engine
-    exact = {config.policy.dtype, engine.dtype or config.policy.dtype} == {"float32"} and not config.trl.get("bf16")
+def band_of(verify: VerifyConfig, exact: bool) -> Gap:
+    """The largest gaps that count as rounding, in float32 (`exact`) or in half precision."""
     mean, largest = (1e-3, 1e-2) if exact else (0.05, 0.5)
-    return Gap(engine.verify.mean_gap or mean, engine.verify.max_gap or largest)
+    return Gap(verify.mean_gap or mean, verify.max_gap or largest)
 
 
-def canaries(prompts: Sequence[Prompt], verify: Any, max_tokens: int, vocabulary: int, seed: int) -> list[list[int]]:
-    """Fixed sequences of one length: the beginnings of prompts, and random tokens, so that many weights take part."""
-    length = min(verify.tokens, min(len(prompt.token_ids) for prompt in prompts) + max_tokens - 1)
+def canaries(prompts: Sequence[Prompt], verify: VerifyConfig, longest: int, vocabulary: int, seed: int) -> list[list[int]]:
+    """Fixed sequences of one length: the beginnings of prompts, and random tokens, so that many weights take part.
+
+    Args:
+        prompts: To take beginnings of.
+        verify: How many sequences, and how long.
+        longest: Tokens that surely fit into the samplers' context.
+        vocabulary: Tokens that there are.
+        seed: Of the random ones.
+    """
+    length = max(2, min(verify.tokens, longest - 1))  # scoring makes one more token
     random = np.random.default_rng(seed)
     chosen = [prompts[i % len(prompts)].token_ids[: length // 2] for i in range(verify.sequences)]
     return [[*start, *random.integers(vocabulary, size=length - len(start)).tolist()] for start in chosen]

@@ -12,15 +12,21 @@ Result = TypeVar("Result")
 
 
 def together(act: Callable[[], Result]) -> Result:
-    """Do something in every process. Raises RolloutError in all when it fails in one, so that none waits for it."""
-    result, error = None, ""
+    """Do something in every process, and let all fail when one does, so that none waits for it.
+
+    Raises:
+        RolloutError: It failed elsewhere; here, whatever `act` has raised.
+    """
+    result, failure = None, None
     try:
         result = act()
-    except RolloutError as failure:
-        error = str(failure) or type(failure).__name__
-    errors = [message for message in gather_object([error]) if message]
-    if errors:
-        raise RolloutError(errors[0])
+    except Exception as error:
+        failure = error
+    messages = gather_object(["" if failure is None else str(failure) or type(failure).__name__])
+    if failure is not None:
+        raise failure
+    if elsewhere := next(filter(None, messages), ""):
+        raise RolloutError(elsewhere)
     return result
 
 

@@ -1,13 +1,18 @@
 """One vLLM server, seen through its HTTP routes. Only JSON travels; weights travel as files (`rollout.transfer`)."""
 
+import asyncio
+import json
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import httpx
+import aiohttp
 import numpy as np
 
 from rollout.sampler import RolloutError
 from rollout.server import SERVED_NAME, SERVERS_KEY
+
+RESETS, RESET_SECONDS = 20, 0.25  # attempts at dropping cached prefixes: aborted requests hold theirs for a moment
 
 
 class ServerError(RolloutError):
@@ -35,13 +40,22 @@ class Server:
     def healthy(self) -> bool:
         """Whether it answers, and its engine lives."""
         try:
-            return httpx.get(f"{self.url}/health", headers=self.headers, timeout=10, trust_env=False).status_code == 200
-        except httpx.HTTPError:
+            self._request("GET", "/health", timeout=10.0)
+        except RolloutError:
             return False
+        return True
 
-    def version(self) -> str:
-        """Of the weights it holds, as the last `load` called them."""
-        return self._request("GET", "/weight_info")["weight_version"]
+    def version(self, timeout: float = 10.0) -> str:
+        """The version that it carries. Asks the engine itself, so one that hangs does not answer.
+
+        Raises:
+            ServerTimeout: No answer within `timeout` seconds.
+        """
+        return self._request("GET", "/weight_info", timeout=timeout)["weight_version"]
+
+    def carry(self, version: str) -> None:
+        """Let it say from now on that it holds a version."""
+        self.post("/update_weight_version", {"new_version": version})
 
     def context(self) -> int:
         """Tokens that its context holds."""
@@ -66,41 +80,33 @@ class Server:
         ]
         return np.array(rows)
 
-    def load(self, update: Mapping[str, Any], version: str) -> None:
+    def load(self, update: Mapping[str, Any]) -> None:
         """Take over weights by the transfer engine that the server was started with, and forget cached prefixes.
 
         Args:
             update: What the engine is told; for `directory` the path.
-            version: The name that `version` gives from now on.
         """
         self.post("/start_weight_update")
         self.post("/update_weights", {"update_info": dict(update)})
-        self.finish_load(version)
+        self.finish_load()
 
-    def finish_load(self, version: str) -> None:
-        """End a weight update. Raises ServerError unless the server then says that it holds `version`."""
-        self.post("/finish_weight_update", {"weight_version": version})
-        if not self.post("/reset_prefix_cache")["success"]:
-            raise ServerError(f"{self.url} could not drop its cached prefixes: is something else sampling from it?")
-        if self.version() != version:
-            raise ServerError(f"{self.url} took the weights {version} but says that it holds {self.version()}")
+    def finish_load(self) -> None:
+        """End a weight update. Raises ServerError when cached prefixes of the old weights cannot be dropped."""
+        self.post("/finish_weight_update")
+        for _ in range(RESETS):
+            if self.post("/reset_prefix_cache")["success"]:
+                return
+            time.sleep(RESET_SECONDS)
+        raise ServerError(f"{self.url} cannot drop its cached prefixes: is something else sampling from it?")
 
     def call(self, method: str, **arguments: str) -> list[Any]:
         """Results of a method of the server's worker processes, one per process."""
         return self.post("/collective_rpc", {"method": method, "kwargs": arguments})["results"]
 
-    async def complete(self, client: httpx.AsyncClient, request: Mapping[str, Any]) -> Mapping[str, Any]:
+    async def complete(self, session: aiohttp.ClientSession, request: Mapping[str, Any]) -> Mapping[str, Any]:
         """One completion. Raises ServerError when it cannot be had from this server, RolloutError when from none."""
-        try:
-            answer = await client.post(
-                f"{self.url}/v1/completions",
-                json={"model": SERVED_NAME, **request},
-                headers=self.headers,
-                timeout=self.timeout,
-            )
-        except (httpx.HTTPError, OSError) as error:
-            raise self._failure("", error) from error
-        choice = self._read(answer)["choices"][0]
+        answer = await self._ask(session, "POST", "/v1/completions", {"model": SERVED_NAME, **request}, self.timeout)
+        choice = answer["choices"][0]
         if choice["finish_reason"] not in ("stop", "length"):
             raise ServerError(f"{self.url} ended a sample with {choice['finish_reason']!r}")
         return choice
@@ -109,29 +115,36 @@ class Server:
         """Answer to a POST. Raises ServerError, or RolloutError where the server refuses."""
         return self._request("POST", route, body)
 
-    def _request(self, method: str, route: str, body: Any = None) -> Any:
+    def _request(self, method: str, route: str, body: Any = None, timeout: float = 0.0) -> Any:
+        async def ask() -> Any:
+            async with aiohttp.ClientSession() as session:
+                return await self._ask(session, method, route, body, timeout or self.timeout)
+
+        return asyncio.run(ask())
+
+    async def _ask(self, session: aiohttp.ClientSession, method: str, route: str, body: Any, timeout: float) -> Any:
+        limit = aiohttp.ClientTimeout(total=timeout)
         try:
-            answer = httpx.request(
-                method, f"{self.url}{route}", json=body, headers=self.headers, timeout=self.timeout, trust_env=False
-            )
-        except httpx.HTTPError as error:
-            raise self._failure(route, error) from error
-        return self._read(answer)
+            async with session.request(method, self.url + route, json=body, headers=self.headers, timeout=limit) as answer:
+                return self._read(route, answer.status, await answer.text())
+        except TimeoutError as error:
+            raise ServerTimeout(
+                f"{self.url}{route} did not answer within {timeout:g} s (a sample may take rollout.engine.request_timeout)"
+            ) from error
+        except (aiohttp.ClientError, OSError) as error:
+            raise ServerError(f"{self.url}{route}: {type(error).__name__} {error}") from error
 
-    def _failure(self, route: str, error: Exception) -> ServerError:
-        if isinstance(error, httpx.ReadTimeout):
-            return ServerTimeout(f"{self.url}{route} did not answer within {self.timeout:.0f} s")
-        return ServerError(f"{self.url}{route}: {type(error).__name__} {error}")
-
-    def _read(self, answer: httpx.Response) -> Any:
-        if answer.status_code == 401:
-            raise RolloutError(
-                f"{self.url} refuses the key: set {SERVERS_KEY} to the one that it was started with"
-            )
-        if answer.status_code == 404:
-            raise RolloutError(f"{answer.url} does not exist: start the server by `paretune worker`")
-        if answer.status_code >= 500:
-            raise ServerError(f"{answer.url} failed ({answer.status_code}): {answer.text[:300]}")
-        if answer.status_code >= 400:
-            raise RolloutError(f"{answer.url} refused ({answer.status_code}): {answer.text[:300]}")
-        return answer.json()
+    def _read(self, route: str, status: int, text: str) -> Any:
+        where = self.url + route
+        if status == 401:
+            raise RolloutError(f"{self.url} refuses the key: set {SERVERS_KEY} to the one that it was started with")
+        if status == 404:
+            raise RolloutError(f"{where} does not exist: start the server by `paretune worker`")
+        if status >= 500:
+            raise ServerError(f"{where} failed ({status}): {text[:300]}")
+        if status >= 400:
+            raise RolloutError(f"{where} refused ({status}): {text[:300]}")
+        try:
+            return json.loads(text or "null")
+        except ValueError as error:
+            raise RolloutError(f"{where} does not answer as vLLM does: {text[:100]!r}") from error

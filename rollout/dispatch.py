@@ -1,4 +1,4 @@
-"""Spreads requests over servers by load, and brings back servers that fail while the others go on."""
+"""Spreads requests over servers by load; those of a server that fails go to the others, and to itself when it is back."""
 
 import asyncio
 import math
@@ -9,7 +9,7 @@ from typing import Any
 from rollout.client import Server, ServerError, ServerTimeout
 from rollout.sampler import RolloutError
 
-RETRY_SECONDS = 1.0  # between two attempts to bring a server back
+RETRY_SECONDS = 1.0  # between two looks at a server that is away
 ATTEMPTS = 4  # times that one request is tried
 
 
@@ -18,10 +18,10 @@ class Dispatcher:
 
     Args:
         servers: All of them.
-        away: Those that had failed before; attempts to bring them back begin at once.
+        away: Those that cannot be used at first.
         concurrent: Requests in flight at one server.
-        bring_back: Makes a server ready that failed in some way; raises RolloutError when it is not ready yet. It is called
-            in a thread of its own.
+        ready: Whether a server can be used (again); called in a thread of its own. Raises RolloutError that says why not.
+        hopeless: Why no server will come back; empty while one may.
         patience: Seconds to wait when no server is left.
     """
 
@@ -30,7 +30,8 @@ class Dispatcher:
         servers: Sequence[Server],
         away: Iterable[Server],
         concurrent: int,
-        bring_back: Callable[[Server, RolloutError], None],
+        ready: Callable[[Server], None],
+        hopeless: Callable[[], str],
         patience: float,
     ):
         self.away: set[Server] = set()
@@ -38,13 +39,14 @@ class Dispatcher:
         self._running = dict.fromkeys(servers, 0)
         self._answered = dict.fromkeys(servers, -math.inf)  # when each last completed a request
         self._concurrent = concurrent
-        self._bring_back = bring_back
+        self._ready = ready
+        self._hopeless = hopeless
         self._patience = patience
         self._changed = asyncio.Condition()
         self._failure: RolloutError | None = None
         self._recoveries: list[asyncio.Task[None]] = []
         for server in away:
-            self._lose(server, ServerError(f"{server.url} is away"))
+            self._lose(server)
 
     async def run_all(self, jobs: Sequence[tuple[int, Callable[[Server], Awaitable[Any]]]]) -> list[Any]:
         """Results in the order of the jobs; each is (tokens it may take, what to do with a server).
@@ -72,7 +74,7 @@ class Dispatcher:
             except ServerError as error:
                 busy = time.monotonic() - self._answered[server] < server.timeout
                 if not (busy and isinstance(error, ServerTimeout)):  # slow with this one, but at work
-                    self._lose(server, error)
+                    self._lose(server)
                 if attempt == ATTEMPTS:
                     raise RolloutError(f"a sample was tried {ATTEMPTS} times: {error}") from error
             finally:
@@ -95,27 +97,27 @@ class Dispatcher:
     def _free(self) -> list[Server]:
         return [s for s, count in self._running.items() if s not in self.away and count < self._concurrent]
 
-    def _lose(self, server: Server, error: RolloutError) -> None:
+    def _lose(self, server: Server) -> None:
         if server not in self.away:
             self.away.add(server)
-            self._recoveries.append(asyncio.get_running_loop().create_task(self._recover(server, error)))
+            self._recoveries.append(asyncio.get_running_loop().create_task(self._wait_for(server)))
 
-    async def _recover(self, server: Server, error: RolloutError) -> None:
-        """Try until the server is back, or no server has been there for too long."""
+    async def _wait_for(self, server: Server) -> None:
+        """Look until the server is back, or no server has been there for too long."""
         last_seen = time.monotonic()
         while True:
+            await asyncio.sleep(RETRY_SECONDS)
             try:
-                await asyncio.to_thread(self._bring_back, server, error)
-            except RolloutError as still:
-                error = still
-                alone = len(self.away) == len(self._running)
-                last_seen = last_seen if alone else time.monotonic()
-                if alone and time.monotonic() - last_seen > self._patience:
-                    self._failure = RolloutError(f"no vLLM server has answered for {self._patience:.0f} s: {error}")
-            else:
+                await asyncio.to_thread(self._ready, server)
                 self.away.discard(server)
+            except RolloutError as error:
+                if len(self.away) < len(self._running):
+                    last_seen = time.monotonic()
+                elif reason := self._hopeless():
+                    self._failure = RolloutError(f"no vLLM server is left: {reason}")
+                elif time.monotonic() - last_seen > self._patience:
+                    self._failure = RolloutError(f"no vLLM server could be used for {self._patience:.0f} s: {error}")
             async with self._changed:
                 self._changed.notify_all()
             if self._failure or server not in self.away:
                 return
-            await asyncio.sleep(RETRY_SECONDS)

@@ -51,6 +51,13 @@ def start_keeper(
     )
 
 
+def stop_keeper(keeper: "subprocess.Popen[bytes]") -> None:
+    """Let a keeper end what it keeps; it is gone a while later."""
+    with contextlib.suppress(OSError):
+        keeper.stdin.close()
+    keeper.terminate()  # as well: a fork of this process may hold the pipe open
+
+
 def main(arguments: Sequence[str]) -> int:
     """Run until the command or the owner ends.
 

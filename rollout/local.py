@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import (
     GenerationConfig,
@@ -18,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from rollout.sampler import Gap, SamplingParams
+from rollout.sampler import NO_CHECK, Check, Gap, SamplingParams
 from rollout.types import FinishReason, Prompt, Sample, SampleGroup
 
 
@@ -47,9 +46,10 @@ class LocalSampler:
         self._batch_size = batch_size
         self._version = 0
 
-    def sync(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
+    def sync(self, weights: Iterable[tuple[str, Any]], version: int, check: Check = NO_CHECK) -> Gap:
         """Note the policy's version; the weights are shared already."""
         self._version = version
+        return Gap()
 
     def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[SampleGroup]:
         """See `Sampler.sample`. Random numbers come from `params.seed` alone and leave the global state untouched."""
@@ -62,10 +62,6 @@ class LocalSampler:
                     samples += self._generate(model, repeated[start : start + self._batch_size], params)
         size = params.samples_per_prompt
         return [SampleGroup(p, tuple(samples[i * size : (i + 1) * size])) for i, p in enumerate(prompts)]
-
-    def verify(self, sequences: Sequence[Sequence[int]], expected: np.ndarray) -> Gap:
-        """No gap: the weights are the learner's own."""
-        return Gap()
 
     def differing(self) -> Sequence[str]:
         """None."""

@@ -53,25 +53,41 @@ class Gap:
     max: float = 0.0
 
 
+@dataclass(frozen=True)
+class Check:
+    """How an engine shows that it computes what the learner does.
+
+    Args:
+        sequences: S fixed sequences of T token ids each.
+        expected: The learner's log-probabilities (S, T - 1), nats, of all tokens but the first, at temperature 1.
+        band: The largest gap that counts as rounding.
+    """
+
+    sequences: Sequence[Sequence[int]]
+    expected: np.ndarray
+    band: Gap
+
+    def passes(self, gap: Gap) -> bool:
+        """Whether a gap lies within the band; NaN does not."""
+        return gap.mean <= self.band.mean and gap.max <= self.band.max
+
+
+NO_CHECK = Check((), np.zeros((0, 0)), Gap())  # of an engine that has the learner's own weights
+
+
 class Sampler(Protocol):
     """Makes samples with the newest policy it was given."""
 
-    shares_weights: bool  # with the learner: then there is nothing to push, and nothing to verify
+    shares_weights: bool  # with the learner: then there is nothing to push, and nothing to check
 
     def sample(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[SampleGroup]:
         """One group of `params.samples_per_prompt` samples per prompt, in the order of the prompts."""
         ...
 
-    def sync(self, weights: Iterable[tuple[str, Any]], version: int) -> None:
-        """Take over new policy weights. Engines that share the learner's memory only note the version."""
-        ...
+    def sync(self, weights: Iterable[tuple[str, Any]], version: int, check: Check = NO_CHECK) -> Gap:
+        """Take over new policy weights, and say how far they then lie from the learner's. Samples only from what passes.
 
-    def verify(self, sequences: Sequence[Sequence[int]], expected: np.ndarray) -> Gap:
-        """How far the log-probabilities that the engine gives fixed sequences lie from the learner's.
-
-        Args:
-            sequences: S of T token ids each.
-            expected: The learner's (S, T - 1), of all tokens but the first.
+        Engines that share the learner's memory only note the version.
         """
         ...
 

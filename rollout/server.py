@@ -16,7 +16,7 @@ TRANSFERS = ("directory", "nccl")
 _DEVICES = "CUDA_VISIBLE_DEVICES"
 _ROOT = Path(__file__).resolve().parent.parent
 _SMALLEST_BATCH = 4096  # tokens; a CPU server takes whole prompts, so that its batch must hold the longest
-_OURS = (  # arguments of vLLM that would break what the trainer relies on
+RESERVED = (  # arguments of vLLM that would break what the trainer relies on
     *("model", "revision", "host", "port", "dtype", "max_num_seqs", "max_model_len", "tensor_parallel_size"),
     *("gpu_memory_utilization", "trust_remote_code", "logprobs_mode", "served_model_name", "worker_extension_cls"),
     *("weight_transfer_config", "middleware", "api_key", "root_path", "uds", "config"),
@@ -67,7 +67,7 @@ class ServerOptions:
             raise ValueError(f"transfer={self.transfer!r} is neither of {', '.join(TRANSFERS)}")
         for name in self.args:
             plain = name.lstrip("-").replace("-", "_")
-            if plain.removeprefix("no_") in _OURS:
+            if plain.removeprefix("no_") in RESERVED:
                 raise ValueError(
                     f"vLLM argument {name!r} cannot be given: it has an option of its own, or is not free to choose"
                 )

@@ -1,12 +1,13 @@
 """How weights come from the learner to vLLM servers: through files, or by vLLM's own transfer between GPUs."""
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from rollout.client import Server
@@ -17,37 +18,23 @@ Weights = Iterable[tuple[str, torch.Tensor]]
 
 
 class Transfer(Protocol):
-    """Brings one set of weights to every server."""
+    """Carries sets of weights from the main learner process to servers."""
 
-    def send(self, weights: Weights, servers: Sequence[Server], version: str) -> Mapping[Server, RolloutError]:
-        """Send, and say which servers failed and why. Raises RolloutError when no server can have them."""
+    def send(self, weights: Iterator[tuple[str, torch.Tensor]], servers: Sequence[Server]) -> dict[Server, RolloutError]:
+        """Send, and say which servers failed and why. Raises RolloutError when nothing could be sent."""
         ...
 
-    def resend(self, server: Server, version: str) -> None:
+    def resend(self, server: Server) -> None:
         """Bring the last set to a server that was started again. Raises RolloutError when that cannot be."""
+        ...
+
+    def differing(self, server: Server) -> Sequence[str]:
+        """Names of the weights of the last set that a server does not compute with, where that can be told."""
         ...
 
     def close(self) -> None:
         """Leave nothing behind."""
         ...
-
-
-class Follower:
-    """The transfer of a learner process that sends nothing, but takes part where sharded weights are put together."""
-
-    def send(self, weights: Weights, servers: Sequence[Server], version: str) -> Mapping[Server, RolloutError]:
-        """Go through the weights, as the sending process does."""
-        for _ in weights:
-            pass
-        return {}
-
-    def resend(self, server: Server, version: str) -> None:
-        """The sending process does it; here there is nothing to do but to look whether it has."""
-        if server.version() != version:
-            raise RolloutError(f"{server.url} does not hold the weights {version} yet")
-
-    def close(self) -> None:
-        """Nothing to leave behind."""
 
 
 class DirectoryTransfer:
@@ -59,47 +46,44 @@ class DirectoryTransfer:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._current: Path = folder
+        self.path = folder  # of the last set
+        self._sets = 0
 
-    def send(self, weights: Weights, servers: Sequence[Server], version: str) -> Mapping[Server, RolloutError]:
+    def send(self, weights: Iterator[tuple[str, torch.Tensor]], servers: Sequence[Server]) -> dict[Server, RolloutError]:
         """Write the set once, then let all servers load it at the same time."""
-        error = self._write(iter(weights), self.folder / version)
-        if error:
+        self._sets += 1
+        try:
+            self.write(weights, self.folder / f"{self._sets:06d}")
+        except (OSError, SafetensorError) as error:
             raise RolloutError(
                 f"the weights cannot be written to {self.folder}: {error}; free some space there, or let "
                 "rollout.engine.sync.path name another folder that the servers see"
-            )
-        return on_all(servers, lambda server: server.load({"path": str(self._current)}, version))
+            ) from error
+        return on_all(servers, self.resend)
 
-    def resend(self, server: Server, version: str) -> None:
+    def resend(self, server: Server) -> None:
         """Let one server load the set that lies there."""
-        server.load({"path": str(self._current)}, version)
+        server.load({"path": str(self.path)})
+
+    def differing(self, server: Server) -> Sequence[str]:
+        """See `Transfer`; each of the server's processes looks at the files itself."""
+        try:
+            return [name for part in server.call("differing_weights", path=str(self.path)) for name in part]
+        except RolloutError:
+            return []
 
     def close(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    @property
-    def path(self) -> str:
-        """Where the last set lies."""
-        return str(self._current)
-
-    def _write(self, weights: Iterator[tuple[str, torch.Tensor]], path: Path) -> OSError | None:
-        """Write shard by shard; after an error the rest is gone through all the same, for the other processes' sake."""
-        failed: OSError | None = None
-        try:
-            if self._current != self.folder:
-                shutil.rmtree(self._current, ignore_errors=True)  # memory for one set, not two
-            shutil.rmtree(path, ignore_errors=True)
-            path.mkdir(parents=True)
-            self._current = path
-            for number, shard in enumerate(shards(weights)):
-                save_file(shard, path / f"{number:05d}.safetensors")
-        except Exception as error:
-            failed = error if isinstance(error, OSError) else OSError(str(error))
-            for _ in weights:
-                pass
-        return failed
+    def write(self, weights: Iterator[tuple[str, torch.Tensor]], path: Path) -> None:
+        """Write a set shard by shard; the one before it goes first, so that there is room for one. Raises OSError."""
+        if self.path != self.folder:
+            shutil.rmtree(self.path, ignore_errors=True)
+        path.mkdir(parents=True)
+        self.path = path
+        for number, shard in enumerate(shards(weights)):
+            save_file(shard, path / f"{number:05d}.safetensors")
 
 
 class NcclTransfer:
@@ -119,31 +103,34 @@ class NcclTransfer:
         self._members: tuple[Server, ...] = ()
         self._engine: Any = None
 
-    def send(self, weights: Weights, servers: Sequence[Server], version: str) -> Mapping[Server, RolloutError]:
+    def send(self, weights: Iterator[tuple[str, torch.Tensor]], servers: Sequence[Server]) -> dict[Server, RolloutError]:
         """Broadcast to all servers at once."""
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
         from vllm.utils.network_utils import get_open_port
 
-        client = _AllServers(servers, version)
-        source = _source(weights, self._describe())
-        if self._members != tuple(servers):
-            size = 1 + sum(server.world_size() for server in servers)
-            info = NCCLTrainerInitInfo(rank=0, master_address=self.address, master_port=get_open_port(), world_size=size)
-            self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
-            self._members = tuple(servers)
-        self._engine.client, self._engine.source = client, source
+        client, source = _AllServers(servers), _source(weights, self._describe())
         try:
+            if self._members != tuple(servers):
+                size = 1 + sum(server.world_size() for server in servers)
+                info = NCCLTrainerInitInfo(rank=0, master_address=self.address, master_port=get_open_port(), world_size=size)
+                self._engine = WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
+                self._members = tuple(servers)
+            self._engine.client, self._engine.source = client, source
             self._engine.send_weights()
         except Exception as error:  # a broken group cannot be told server by server
             self._members = ()
-            raise RolloutError(f"the weight transfer over NCCL failed: {error}") from error
+            raise RolloutError(f"the weight transfer over NCCL failed: {type(error).__name__} {error}") from error
         return {}
 
-    def resend(self, server: Server, version: str) -> None:
+    def resend(self, server: Server) -> None:
         """A server that was started again is no member of the group until the next push builds it anew."""
         self._members = ()
-        raise RolloutError(f"{server.url} joins again at the next push of weights")
+        raise RolloutError("it joins again at the next push of weights")
+
+    def differing(self, server: Server) -> Sequence[str]:
+        """Not known: the weights lie in no file to compare with."""
+        return []
 
     def close(self) -> None:
         """Leave the group."""
@@ -154,9 +141,8 @@ class NcclTransfer:
 class _AllServers:
     """The routes of a weight update on all servers at once, in the form that vLLM's trainer side asks for."""
 
-    def __init__(self, servers: Sequence[Server], version: str):
+    def __init__(self, servers: Sequence[Server]):
         self._servers = servers
-        self._version = version
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Give every server its own ranks in the group."""
@@ -176,7 +162,7 @@ class _AllServers:
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """On every server."""
-        self._all(lambda s: s.finish_load(self._version))
+        self._all(lambda s: s.finish_load())
 
     def _all(self, act: Callable[[Server], Any]) -> None:
         for error in on_all(self._servers, act).values():

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 from tqdm import tqdm
 
-from rollout.keeper import GRACE, start_keeper
+from rollout.keeper import GRACE, start_keeper, stop_keeper
 from rollout.sampler import RolloutError
 from rollout.server import ServerOptions, child_environment, server_command, server_environment
 
@@ -223,9 +223,7 @@ def _stop(workers: Iterable[_Worker]) -> None:
     running = [worker for worker in workers if worker.keeper is not None]
     for worker in running:
         _note_tree(worker)
-        with contextlib.suppress(OSError):
-            worker.keeper.stdin.close()
-        worker.keeper.terminate()  # as well: a fork of this process may hold the pipe open
+        stop_keeper(worker.keeper)
     for worker in running:
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.keeper.wait(_STOP_TIMEOUT)

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from align.build import locate_model
 from rollout.client import Server
 from rollout.local import LocalSampler
+from rollout.publish import Follower
 from rollout.sampler import SamplingParams
-from rollout.transfer import Follower
 from rollout.types import FinishReason, Prompt
-from rollout.vllm import Care, Limits, VllmSampler
+from rollout.vllm import Limits, VllmSampler
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +41,10 @@ def make_sampler(policy, batch_size: int = 256) -> LocalSampler:
 
 def vllm_sampler(workers, tokenizer, timeout: float = 60.0) -> VllmSampler:
     servers = [Server(url, workers.key, timeout) for url in workers.urls]
+    for server in servers:
+        server.carry("test-0")
     decode = partial(tokenizer.batch_decode, skip_special_tokens=True)
-    return VllmSampler(servers, Follower(), decode, [tokenizer.eos_token_id], Limits(64, 30.0), Care(), "test")
+    return VllmSampler(servers, Follower(), decode, [tokenizer.eos_token_id], Limits(64, 30.0), "test")
 
 
 def prompts_of(policy, *texts: str) -> list[Prompt]:
@@ -56,6 +58,8 @@ def params(**changes) -> SamplingParams:
 
 def test_groups_follow_the_prompts_and_completions_end_once(policy, sampler):
     sampler.sync(iter(()), version=7)
+    for server in getattr(sampler, "servers", ()):
+        server.carry("test-7")
     groups = sampler.sample(prompts_of(policy, "7+5-3=?", "1+1+1+1=?"), params())
     assert [group.prompt.text for group in groups] == ["7+5-3=?", "1+1+1+1=?"]
     stop, tokenizer = policy[1].eos_token_id, policy[1]

@@ -7,7 +7,6 @@ import threading
 import time
 from pathlib import Path
 
-import httpx
 import numpy as np
 import psutil
 import pytest
@@ -17,10 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.build import locate_model
 from rollout.client import Server, ServerError
-from rollout.sampler import RolloutError, SamplingParams
+from rollout.publish import Leader, carries
+from rollout.sampler import Check, Gap, RolloutError, SamplingParams
 from rollout.transfer import DirectoryTransfer, shards
 from rollout.types import Prompt
-from rollout.vllm import Care, Limits, VllmSampler
+from rollout.vllm import Limits, VllmSampler
 from tests.conftest import serve
 
 MODEL = locate_model("builtin:arithmetic")
@@ -59,20 +59,31 @@ def weights_of(model):
     return ((name, parameter.detach()) for name, parameter in model.named_parameters())
 
 
-def sampler_on(
-    workers, folder: Path, tokenizer, care=None, timeout: float = 60.0, patience: float = 60.0, run: str = "test"
-):
+BAND = Gap(1e-5, 1e-4)
+
+
+def check_by(model) -> Check:
+    return Check(SEQUENCES, expected(model), BAND)
+
+
+def gap_to(server: Server, model) -> float:
+    """Largest difference between a server's log-probabilities and a model's."""
+    return float(np.abs(server.score(SEQUENCES) - expected(model)).max())
+
+
+def sampler_on(workers, folder: Path, tokenizer, restart=None, timeout: float = 60.0, patience: float = 60.0):
     servers = [Server(url, workers.key, timeout) for url in workers.urls]
+    leader = Leader(servers, DirectoryTransfer(folder), restart or (lambda index, hangs: None), patience)
     decode = lambda ids: tokenizer.batch_decode(ids, skip_special_tokens=True)  # noqa: E731
-    limits = Limits(64, patience)
-    return VllmSampler(servers, DirectoryTransfer(folder), decode, [tokenizer.eos_token_id], limits, care or Care(), "test")
+    return VllmSampler(servers, leader, decode, [tokenizer.eos_token_id], Limits(64, patience), "test")
 
 
 @pytest.fixture
 def sampler(vllm_workers, tmp_path, tokenizer):
     sampler = sampler_on(vllm_workers, tmp_path / "weights", tokenizer)
     yield sampler
-    sampler.sync(weights_of(AutoModelForCausalLM.from_pretrained(MODEL)), 0)
+    original = AutoModelForCausalLM.from_pretrained(MODEL).eval()
+    assert sampler.sync(weights_of(original), 0, check_by(original)).max < 1e-4
     sampler.close()
 
 
@@ -84,11 +95,10 @@ def prompts(tokenizer, count: int) -> list[Prompt]:
 
 
 def test_pushed_weights_arrive_and_samples_say_whose_they_are(sampler, changed, tokenizer):
-    before = sampler.verify(SEQUENCES, expected(changed))
-    assert before.max > 0.1  # the server has the old ones
-    sampler.sync(weights_of(changed), 7)
-    after = sampler.verify(SEQUENCES, expected(changed))
-    assert after.mean <= after.max < 1e-4
+    assert gap_to(sampler.servers[0], changed) > 0.1  # the server has the old ones
+    gap = sampler.sync(weights_of(changed), 7, check_by(changed))
+    assert gap.mean <= gap.max < 1e-4
+    assert gap.max == pytest.approx(gap_to(sampler.servers[0], changed), rel=0.5)
     assert sampler.differing() == ()
     assert sampler.servers[0].version() == "test-7"
     params = SamplingParams(samples_per_prompt=2, max_tokens=4, seed=0)
@@ -100,35 +110,45 @@ def test_cached_prefixes_of_the_old_policy_are_forgotten(sampler, changed, token
     """A prompt of many cache blocks, sampled greedily before and after a push: the second answer is the new policy's."""
     prompt = Prompt("long", "", tuple([50, 43, 51, 61] * 20), {})
     greedy = SamplingParams(samples_per_prompt=1, max_tokens=1, seed=0, temperature=0.0, log_probs=True)
+    old = AutoModelForCausalLM.from_pretrained(MODEL).eval()
+    sampler.sync(weights_of(old), 0, check_by(old))
     sampler.sample([prompt], greedy)
-    sampler.sync(weights_of(changed), 1)
+    sampler.sync(weights_of(changed), 1, check_by(changed))
     sample = sampler.sample([prompt], greedy)[0].samples[0]
     logits = changed(torch.tensor([prompt.token_ids])).logits[0, -1].double()
     assert sample.token_ids == (logits.argmax().item(),)
     assert sample.log_probs[0] == pytest.approx(logits.log_softmax(-1).max().item(), abs=1e-4)
 
 
-def test_only_one_set_of_weights_lies_there_and_none_afterwards(sampler, original, tmp_path):
+def test_only_one_set_of_weights_lies_there_and_none_afterwards(vllm_workers, original, tokenizer, tmp_path):
+    sampler = sampler_on(vllm_workers, tmp_path / "weights", tokenizer)
     for version in (1, 2):
-        sampler.sync(weights_of(original), version)
-        assert [path.name for path in (tmp_path / "weights").iterdir()] == [f"test-{version}"]
-    sampler.transfer.close()
+        sampler.sync(weights_of(original), version, check_by(original))
+        assert [path.name for path in (tmp_path / "weights").iterdir()] == [f"{version:06d}"]
+    sampler.close()
     assert not (tmp_path / "weights").exists()
 
 
-def test_one_wrong_weight_is_noticed_and_named(sampler, changed):
-    """The servers get one layer's old weights: the gap shows it, and the check names that layer alone."""
-    stale = AutoModelForCausalLM.from_pretrained(MODEL).get_parameter("model.layers.2.mlp.down_proj.weight")
+def test_a_server_that_fails_the_check_is_not_sampled_from(vllm_workers, changed, tokenizer, tmp_path):
+    """One layer's old weights: the gap shows it, the layer is named, and the version is not carried."""
+    sampler = sampler_on(vllm_workers, tmp_path / "weights", tokenizer, patience=2.0)
     name = "model.layers.2.mlp.down_proj.weight"
-    sampler.sync(((n, stale.detach() if n == name else w) for n, w in weights_of(changed)), 1)
-    assert sampler.verify(SEQUENCES, expected(changed)).max > 0.01
-    save_file({n: w.clone() for n, w in weights_of(changed)}, Path(sampler.transfer.path) / "00000.safetensors")
+    stale = AutoModelForCausalLM.from_pretrained(MODEL).get_parameter(name).detach()
+    gap = sampler.sync(((n, stale if n == name else w) for n, w in weights_of(changed)), 1, check_by(changed))
+    assert gap.max > 0.01
+    assert sampler.servers[0].version() != "test-1"
+    with pytest.raises(RolloutError, match="no vLLM server could be used for 2 s"):
+        sampler.sample(prompts(tokenizer, 2), SamplingParams(samples_per_prompt=2, max_tokens=4, seed=0))
+    save_file({n: w.clone() for n, w in weights_of(changed)}, sampler.publisher.transfer.path / "00000.safetensors")
     assert sampler.differing() == (name,)
+    assert sampler.sync(weights_of(changed), 1, check_by(changed)).max < 1e-4  # pushed once more
+    sampler.sample(prompts(tokenizer, 2), SamplingParams(samples_per_prompt=2, max_tokens=4, seed=0))
+    sampler.close()
 
 
 def test_norms_embeddings_and_fused_layers_are_named_too(sampler, changed):
-    sampler.sync(weights_of(changed), 1)
-    file = Path(sampler.transfer.path) / "00000.safetensors"
+    sampler.sync(weights_of(changed), 1, check_by(changed))
+    file = sampler.publisher.transfer.path / "00000.safetensors"
     names = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
     tensors = load_file(file)
     save_file({n: w + 0.5 if n in names else w for n, w in tensors.items()}, file)
@@ -140,17 +160,16 @@ def test_norms_embeddings_and_fused_layers_are_named_too(sampler, changed):
 
 @pytest.mark.parametrize("fault", ["missing", "cut off", "empty"])
 def test_a_set_that_cannot_be_read_leaves_the_server_as_it_was(sampler, original, fault):
-    sampler.sync(weights_of(original), 1)
-    server, path = sampler.servers[0], Path(sampler.transfer.path)
+    sampler.sync(weights_of(original), 1, check_by(original))
+    server, path = sampler.servers[0], sampler.publisher.transfer.path
     if fault == "missing":
         shutil.rmtree(path)
     for file in path.glob("*.safetensors") if path.exists() else ():
         file.write_bytes(file.read_bytes()[:5000] if fault == "cut off" else b"")
     with pytest.raises(RolloutError):
-        server.load({"path": str(path)}, "test-2")
-    assert server.version() == "test-1"
-    assert sampler.verify(SEQUENCES, expected(original)).max < 1e-4
-    sampler.sync(weights_of(original), 3)  # and takes the next one
+        server.load({"path": str(path)})
+    assert gap_to(server, original) < 1e-4
+    sampler.sync(weights_of(original), 3, check_by(original))  # and takes the next one
     assert server.version() == "test-3"
 
 
@@ -160,7 +179,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_a_way_out(vllm_workers
     asked = []
     weights = ((asked.append(name), (name, weight))[1] for name, weight in weights_of(original))
     with pytest.raises(RolloutError, match=r"rollout\.engine\.sync\.path"):
-        sampler.sync(weights, 1)
+        sampler.sync(weights, 1, check_by(original))
     assert len(asked) == len(list(original.named_parameters()))  # gone through all the same: other processes take part
 
 
@@ -172,7 +191,7 @@ def test_a_full_disk_is_an_error_with_a_way_out(vllm_workers, original, tokenize
         pytest.skip("no file system may be mounted here")
     try:
         with pytest.raises(RolloutError, match=r"cannot be written.*(No space|space)"):
-            sampler_on(vllm_workers, disk / "weights", tokenizer).sync(weights_of(original), 1)
+            sampler_on(vllm_workers, disk / "weights", tokenizer).sync(weights_of(original), 1, check_by(original))
     finally:
         os.system(f"umount {disk}")
 
@@ -199,13 +218,13 @@ def test_tied_heads_follow_and_without_the_cure_the_check_catches_them(tmp_path,
             parameter.add_(0.1 * torch.randn_like(parameter))
     with serve(str(tmp_path / "tied"), tmp_path / "logs") as workers:
         sampler = sampler_on(workers, tmp_path / "weights", tokenizer)
-        sampler.transfer._write(weights_of(tied), tmp_path / "weights" / "by hand")
-        shutil.copy(tmp_path / "tied" / "config.json", sampler.transfer.path)
-        sampler.servers[0].call("reload_weights", weights_path=sampler.transfer.path)
-        assert sampler.verify(SEQUENCES, expected(tied)).max > 0.1
+        transfer, server = sampler.publisher.transfer, sampler.servers[0]
+        transfer.write(weights_of(tied), tmp_path / "weights" / "by hand")
+        shutil.copy(tmp_path / "tied" / "config.json", transfer.path)
+        server.call("reload_weights", weights_path=str(transfer.path))
+        assert gap_to(server, tied) > 0.1
         assert sampler.differing() == ("model.embed_tokens.weight",)
-        sampler.sync(weights_of(tied), 1)
-        assert sampler.verify(SEQUENCES, expected(tied)).max < 1e-4
+        assert sampler.sync(weights_of(tied), 1, check_by(tied)).max < 1e-4
         assert sampler.differing() == ()
         sampler.close()
 
@@ -220,16 +239,14 @@ def two(tmp_path_factory):
 
 
 def caring(workers, timeout: float, tmp_path, tokenizer, patience: float = 120.0) -> VllmSampler:
-    """A sampler that starts its workers again, as a run's main process does."""
+    """A sampler whose watch starts workers again, as a run's main process does."""
 
-    def revive(index: int, hangs: bool) -> None:
+    def restart(index: int, hangs: bool) -> None:
         if hangs:
             workers.kill(index)
-        if hangs or not sampler.servers[index].healthy():
-            workers.restart(index)
+        workers.restart(index)
 
-    sampler = sampler_on(workers, tmp_path / "weights", tokenizer, Care(revive), timeout, patience)
-    return sampler
+    return sampler_on(workers, tmp_path / "weights", tokenizer, restart, timeout, patience)
 
 
 def sample_and(harm, sampler, tokenizer):
@@ -252,7 +269,7 @@ def token_ids(groups):
 def test_a_worker_that_dies_or_hangs_costs_no_sample(two, tmp_path, tokenizer, changed, harm):
     """Its requests go to the other one; started again, it has the weights of the others, not those it began with."""
     sampler = caring(two, 20.0 if harm == "hang" else 60.0, tmp_path, tokenizer)
-    sampler.sync(weights_of(changed), 5)
+    sampler.sync(weights_of(changed), 5, check_by(changed))
     processes = [psutil.Process(pid) for pid in two.pids(1)]
     victims = processes[:1] if harm == "server" else processes[-1:] if harm == "engine" else processes
 
@@ -264,32 +281,43 @@ def test_a_worker_that_dies_or_hangs_costs_no_sample(two, tmp_path, tokenizer, c
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in victims)
     assert len(token_ids(harmed)) == 32 * 8
     assert np.mean([a == b for a, b in zip(token_ids(harmed), token_ids(peaceful), strict=True)]) > 0.98
-    deadline = time.monotonic() + 90
-    while sampler._away and time.monotonic() < deadline:
-        sampler.sample(prompts(tokenizer, 2), SamplingParams(samples_per_prompt=2, max_tokens=2, seed=0))
+    deadline = time.monotonic() + 120
+    while not carries(sampler.servers[1], "test-5") and time.monotonic() < deadline:
+        time.sleep(0.5)
     for server in sampler.servers:
         assert server.version() == "test-5"
-        assert np.abs(server.score(SEQUENCES) - expected(changed)).max() < 1e-4
+        assert gap_to(server, changed) < 1e-4
     sampler.close()
 
 
-def test_when_all_are_gone_it_says_so_in_time(tmp_path, tokenizer):
+def test_when_all_are_gone_it_says_so_in_time(tmp_path, tokenizer, original):
+    """At once when none may be started again; after some patience when somebody else might start one."""
+    params = SamplingParams(samples_per_prompt=8, max_tokens=100, seed=0)
+
+    def refuse(index: int, hangs: bool) -> None:
+        raise RolloutError("no more restarts")
+
     with serve(MODEL, tmp_path / "logs") as workers:
-        sampler = sampler_on(workers, tmp_path / "weights", tokenizer, patience=3.0)
+        final = sampler_on(workers, tmp_path / "a", tokenizer, refuse, patience=300.0)
+        final.sync(weights_of(original), 1, check_by(original))
         timer = threading.Timer(0.5, lambda: workers.kill(0))
         timer.start()
         start = time.monotonic()
-        params = SamplingParams(samples_per_prompt=8, max_tokens=100, seed=0)
-        with pytest.raises(RolloutError, match="no vLLM server has answered for 3 s"):
-            sampler.sample(prompts(tokenizer, 500), params)
+        with pytest.raises(RolloutError, match="no vLLM server is left: no more restarts"):
+            final.sample(prompts(tokenizer, 500), params)
         assert time.monotonic() - start < 60
+        final.close()
+        patient = sampler_on(workers, tmp_path / "b", tokenizer, patience=3.0)
         with pytest.raises(RolloutError, match="no vLLM server took the weights"):
-            sampler.sync(weights_of(AutoModelForCausalLM.from_pretrained(MODEL)), 1)
-        sampler.close()
+            patient.sync(weights_of(original), 1, check_by(original))
+        with pytest.raises(RolloutError, match="no vLLM server could be used for 3 s"):
+            patient.sample(prompts(tokenizer, 2), params)
+        patient.close()
 
 
 def test_a_batch_on_its_way_can_be_given_up(vllm_workers, tmp_path, tokenizer):
     sampler = sampler_on(vllm_workers, tmp_path / "weights", tokenizer)
+    sampler.servers[0].carry("test-0")
     ended = threading.Event()
 
     def draw() -> None:
@@ -313,15 +341,13 @@ def test_a_wrong_key_and_a_wrong_address_are_told_apart(vllm_workers):
     url = vllm_workers.urls[0]
     with pytest.raises(RolloutError, match="PARETUNE_VLLM_KEY"):
         Server(url, "wrong", 10).version()
-    with pytest.raises(ServerError, match="ConnectError"):
+    with pytest.raises(ServerError, match="Connect call failed"):
         Server("http://127.0.0.1:9", "", 10).version()
     with pytest.raises(RolloutError, match="refused"):
         Server(url, vllm_workers.key, 10).score([[5, 10**6]])
 
 
 def test_no_proxy_of_the_environment_comes_between(vllm_workers, monkeypatch):
-    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(f"{vllm_workers.urls[0]}/health")
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
     assert Server(vllm_workers.urls[0], vllm_workers.key, 10).healthy()

@@ -96,11 +96,11 @@ def samples_of(output: Path) -> list[dict]:
 def test_several_updates_of_a_batch_make_older_samples_still_bounded(launch, tmp_path, on_servers):
     more = ["--rollout.lookahead=1", "--learner.updates_per_batch=2", "--steps=6", "--checkpoint.every=6"]
     succeeded(launch("align.train", *overrides(tmp_path / "run", *more, *on_servers)))
-    assert [row["policy_age"] for row in rows(tmp_path / "run")][::2] == [0, 2, 2]
+    assert [row["policy_age"] for row in rows(tmp_path / "run")[::2]] == [0, 2, 2]
 
 
 def test_sharded_and_plain_processes_follow_one_process(launch, tmp_path, on_servers):
-    """The same seeds per sample give the same samples; losses and weights then agree to rounding."""
+    """The same seeds per sample give the same samples; losses agree within 2e-5, 999 of 1,000 weights within 1e-5."""
     succeeded(launch("align.train", *overrides(tmp_path / "one", *on_servers)))
     succeeded(launch("align.train", *overrides(tmp_path / "ddp", *on_servers), processes=2))
     for stage in (2, 3):
@@ -119,8 +119,10 @@ def test_sharded_and_plain_processes_follow_one_process(launch, tmp_path, on_ser
             assert mine["loss"] == pytest.approx(theirs["loss"], abs=2e-5)
             assert mine["objectives/accuracy/mean"] == theirs["objectives/accuracy/mean"]
         weights = load_file(tmp_path / name / "checkpoints" / "checkpoint-4" / "model.safetensors")
-        for key, tensor in final.items():
-            assert np.abs(weights[key].float().numpy() - tensor.numpy()).max() < 1e-4, (name, key)
+        gaps = np.concatenate([np.abs(weights[key].numpy() - tensor.numpy()).ravel() for key, tensor in final.items()])
+        # Adam's first steps go by the sign of a gradient, and where that is 0 rounding decides on it: up to 2 steps of 3e-4.
+        assert np.mean(gaps > 1e-5) < 1e-3
+        assert gaps.max() < 4 * 2 * 3e-4
 
 
 def sharded(stage: int, folder: Path) -> str:
@@ -282,7 +284,7 @@ def test_weights_that_do_not_fit_are_named(launch, tmp_path, on_servers, vllm_wo
     assert "after two pushes" in result.stderr
     assert "rollout.engine.verify" in result.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists() or not rows(tmp_path / "run")
-    Server(vllm_workers.urls[0], vllm_workers.key, 60).load({"path": source}, "back")
+    Server(vllm_workers.urls[0], vllm_workers.key, 60).load({"path": source})
 
 
 def test_a_server_that_is_not_there_and_one_with_another_key(launch, tmp_path, on_servers, monkeypatch):

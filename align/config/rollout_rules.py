@@ -5,6 +5,7 @@ from urllib.parse import urlsplit
 
 from align.config.rollout import VllmEngine
 from align.config.sections import Keys
+from rollout.server import RESERVED
 
 OWNED = {  # argument of vLLM's server -> the key of ours that decides it
     "model": "policy.model",
@@ -63,12 +64,19 @@ def _servers(engine: VllmEngine) -> list[str]:
                 f"rollout.engine.urls: {url!r} is on another machine, which cannot see /dev/shm of this one: set "
                 "rollout.engine.sync.path to a folder of a file system that both share"
             )
+        elif engine.sync.type == "transfer" and is_loopback(engine.sync.address) and not is_loopback(parts.hostname):
+            problems.append(
+                f"rollout.engine.sync.address: {engine.sync.address} means another machine to {url!r}: give the address of "
+                "this one"
+            )
     for name in engine.args:
-        plain = str(name).lstrip("-").replace("-", "_")
+        plain = str(name).lstrip("-").replace("-", "_").removeprefix("no_")
         if plain in OWNED:
             problems.append(f"rollout.engine.args.{name} is decided by `{OWNED[plain]}`: set that instead")
         elif plain in FIXED:
             problems.append(f"rollout.engine.args.{name} cannot be set: {FIXED[plain]}")
+        elif plain in RESERVED:
+            problems.append(f"rollout.engine.args.{name} cannot be set: the run decides it")
     return problems
 
 
