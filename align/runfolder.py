@@ -1,5 +1,7 @@
 """The run folder: a new one, or one to go on with. Imports no torch."""
 
+import contextlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +10,7 @@ from pathlib import Path
 from align.checkpoint import complete_checkpoints, read_state
 from align.config import Config
 from align.load import load_config
+from align.plan import Schedule
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Run:
         resumed: Whether it holds an earlier part of the run.
         checkpoint: Checkpoint to go on from; "" to begin at step 0.
         finished: Whether nothing is left to do.
+        evaluates_first: Whether it begins with an evaluation: a new run, or one cut off before that of its checkpoint.
     """
 
     config: Config
@@ -27,6 +31,7 @@ class Run:
     resumed: bool
     checkpoint: str
     finished: bool
+    evaluates_first: bool
 
 
 def open_run(config_path: str, resume: str, overrides: Sequence[str]) -> Run:
@@ -45,7 +50,7 @@ def open_run(config_path: str, resume: str, overrides: Sequence[str]) -> Run:
             )
         if not folder.is_dir() or any(folder.iterdir()):
             raise ValueError(f"output: {folder} exists and is not an empty folder: choose another by --output=...")
-    return Run(config, folder, resumed=False, checkpoint="", finished=False)
+    return _begun(config, folder, resumed=False)
 
 
 def _reopen(folder: Path, config_path: str, overrides: Sequence[str]) -> Run:
@@ -56,7 +61,7 @@ def _reopen(folder: Path, config_path: str, overrides: Sequence[str]) -> Run:
     _refuse_other_config(started, config, folder)
     checkpoints = complete_checkpoints(folder / "checkpoints")
     if not checkpoints:
-        return Run(config, folder, resumed=True, checkpoint="", finished=False)
+        return _begun(config, folder, resumed=True)
     step, checkpoint = checkpoints[-1]
     state = read_state(checkpoint)
     if state.fingerprint != config.fingerprint():
@@ -66,7 +71,22 @@ def _reopen(folder: Path, config_path: str, overrides: Sequence[str]) -> Run:
             f"--resume: {checkpoint} was written by {state.processes} processes, this is {processes()}: launch with "
             f"--num_processes {state.processes}"
         )
-    return Run(config, folder, resumed=True, checkpoint=str(checkpoint), finished=step >= config.steps)
+    owed = Schedule(config.steps, config.evaluation.every, config.checkpoint.every).evaluates_at(step)
+    owed = owed and step not in _evaluated(folder / "archive.jsonl")
+    return Run(config, folder, True, str(checkpoint), finished=step >= config.steps and not owed, evaluates_first=owed)
+
+
+def _begun(config: Config, folder: Path, resumed: bool) -> Run:
+    return Run(config, folder, resumed, checkpoint="", finished=False, evaluates_first=bool(config.evaluation.every))
+
+
+def _evaluated(archive: Path) -> set[int]:
+    """Steps whose evaluation is in the archive; a line that was cut off does not count."""
+    steps = set()
+    for line in archive.read_text(encoding="utf-8").splitlines() if archive.exists() else ():
+        with contextlib.suppress(ValueError):
+            steps.add(json.loads(line)["step"])
+    return steps
 
 
 def _refuse_other_config(own: Config, given: Config, folder: Path) -> None:
@@ -74,8 +94,8 @@ def _refuse_other_config(own: Config, given: Config, folder: Path) -> None:
     different = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
     if different:
         raise ValueError(
-            f"--resume: {folder} was started with another configuration (differs in {', '.join(different[:5])}): leave "
-            f"that away (only steps and objectives.*.missing can change), or start a new run in another --output"
+            f"--resume: {folder} was started with another configuration (differs in {', '.join(different[:5])}): leave that "
+            "away (only steps, objectives.*.missing and where vLLM runs can change), or start a new run in another --output"
         )
 
 

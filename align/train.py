@@ -99,8 +99,7 @@ def build(run: Run) -> Built:
     from align.learner import GRPOConfig  # imports TRL: seconds, so after what is quick to refuse
     from align.learner_args import trl_arguments
 
-    evaluate_first = bool(config.evaluation.every) and not run.checkpoint
-    arguments = trl_arguments(config, plan, run.folder / "checkpoints", evaluate_first)
+    arguments = trl_arguments(config, plan, run.folder / "checkpoints", run.evaluates_first)
     return Built(model, tokenizer, prompts, bus, plan, GRPOConfig(**arguments))
 
 

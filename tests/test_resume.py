@@ -179,3 +179,16 @@ def test_a_run_folder_is_never_overwritten(straight):
     assert again.returncode == 2
     assert f"{folder} already holds a run. Go on with it by --resume {folder}" in again.stderr
     assert read_lines(folder / "metrics.jsonl") == before
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for(launch, tmp_path):
+    """Evaluations come before checkpoints, and one that fails leaves a checkpoint without: of the last step, too."""
+    folder = tmp_path / "run"
+    assert launch("align.train", *overrides(folder)).returncode == 0
+    archive = folder / "archive.jsonl"
+    whole = archive.read_text(encoding="utf-8")
+    archive.write_text("".join(whole.splitlines(keepends=True)[:-1]), encoding="utf-8")
+    result = launch("align.train", "--resume", str(folder))
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert archive.read_text(encoding="utf-8") == whole
+    assert "is complete" in launch("align.train", "--resume", str(folder)).stdout
