@@ -104,7 +104,7 @@ class Leader:
             self._version, self._check = version, check
             try:
                 there = [server for server in self.servers if server.healthy()]
-                errors = self.transfer.send(weights, there) if there else {}
+                errors = self.transfer.send(weights, there)
             finally:
                 for _ in weights:  # the other processes take part to the end
                     pass

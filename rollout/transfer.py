@@ -105,6 +105,8 @@ class NcclTransfer:
 
     def send(self, weights: Iterator[tuple[str, torch.Tensor]], servers: Sequence[Server]) -> dict[Server, RolloutError]:
         """Broadcast to all servers at once."""
+        if not servers:
+            return {}
         from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
         from vllm.utils.network_utils import get_open_port
