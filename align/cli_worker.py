@@ -5,12 +5,15 @@ import glob
 import json
 import os
 import secrets
+import signal
 import sys
 from importlib.util import find_spec
 from typing import Any
 
+from align.build import locate_model
 from align.config.rollout_rules import is_loopback
 from align.launch import told_to_use_cpu
+from rollout.keeper import start_keeper, stop_keeper
 from rollout.server import (
     SERVERS_KEY,
     TRANSFERS,
@@ -48,7 +51,7 @@ def run_worker(options: argparse.Namespace) -> None:
         ValueError: vLLM is not installed, an argument is out of range, or others could reach a server without a key.
     """
     served = ServerOptions(
-        model=options.model,
+        model=locate_model(options.model),
         revision=options.revision,
         dtype=options.dtype,
         max_concurrent=options.max_concurrent,
@@ -70,7 +73,13 @@ def run_worker(options: argparse.Namespace) -> None:
     command = server_command(served, options.host, options.port, cpu)
     environment = child_environment(os.environ, server_environment(key, cpu, threads, (), served))
     environment.pop(SERVERS_KEY, None)  # the server has it under vLLM's name
-    os.execvpe(command[0], command, environment)
+    keeper = start_keeper(command, [], environment, None)
+    signal.signal(signal.SIGTERM, lambda *_: stop_keeper(keeper))
+    try:
+        return keeper.wait()
+    except KeyboardInterrupt:
+        stop_keeper(keeper)
+        return keeper.wait()
 
 
 def _key(host: str) -> str:

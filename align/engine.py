@@ -4,6 +4,7 @@ import os
 import secrets
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -108,6 +109,7 @@ class _Servers:
         """Addresses, key, and a name for this run's versions; in the main process."""
         run = secrets.token_hex(4)
         if self._options.urls:
+            self._wait_for_others()
             return tuple(self._options.urls), os.environ.get(SERVERS_KEY, ""), run
         from rollout.workers import LocalWorkers
 
@@ -124,6 +126,23 @@ class _Servers:
         workers.start()
         self._workers = workers
         return workers.urls, workers.key, run
+
+    def _wait_for_others(self) -> None:
+        """Wait until the servers that somebody else starts answer. Raises RolloutError when one does not in time."""
+        from rollout.client import Server
+
+        deadline = time.monotonic() + self._options.start_timeout
+        for url in self._options.urls:
+            server = Server(url, os.environ.get(SERVERS_KEY, ""), 10.0)
+            if not server.healthy():
+                print(f"waiting for a vLLM server at {url} (up to {self._options.start_timeout:g} s)", flush=True)
+            while not server.healthy():
+                if time.monotonic() > deadline:
+                    raise RolloutError(
+                        f"rollout.engine.urls: no vLLM server answers at {url}: start `paretune worker` there, or wait "
+                        "longer by rollout.engine.start_timeout"
+                    )
+                time.sleep(1.0)
 
     def _check(self) -> None:
         """Raise RolloutError when a server has another tokenizer, or too small a context."""

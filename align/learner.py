@@ -9,7 +9,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from accelerate.utils import gather, gather_object, reduce
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers import ProgressCallback as TrainerProgress
 
 from align.guard import hidden
@@ -28,24 +27,22 @@ from align.guard import hidden
 with hidden("vllm"):  # TRL has its own use for it, we have not
     from trl import GRPOConfig, GRPOTrainer
     from trl.models import unwrap_model_for_generation
+    from trl.trainer.utils import add_fused_lm_head
 
-from align.archive import Archive, ParetoPoint
-from align.build import PromptSets
+from align.archive import ParetoPoint
 from align.checkpoint import STATE_FILE, RunState, checkpoint_name, prune, read_state, write_state
-from align.config import Config
 from align.correction import correction_metrics, correction_sums
 from align.evaluate import evaluate, summarize
 from align.learner_args import peft_config
 from align.missing import MissingRewardError, unmeasured
-from align.plan import Plan, Schedule
+from align.parts import Parts
 from align.policy import PolicyAccess
 from align.probe import NO_GRAM, OBJECTIVE_ADVANTAGES, build_probe, replaced, select
 from align.rollouts import Rollouts
-from align.runlog import RunFiles
 from align.sampling import Place, evaluation_params
-from align.step import StepRules, advantages_alone, take_step
+from align.step import advantages_alone, take_step
 from align.weighting import Signal, WeightState
-from rewards.bus import RewardBus
+from align.weights import base_of
 from rewards.types import RewardMatrix, stack
 from rollout.prompts import prompt_order
 from rollout.sampler import Sampler
@@ -54,35 +51,6 @@ from rollout.types import SampleGroup
 TIMINGS = ("step_time", "time/")  # metrics that go to timings.jsonl
 TRL_REWARD_METRICS = ("reward", "reward_std", "frac_reward_zero_std")  # TRL's, of its own weighted sum
 AGREEMENT_EVERY = 10  # steps between comparisons of the weights across processes
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a learner is made of.
-
-    Args:
-        config: The resolved configuration.
-        plan: Batch arithmetic.
-        schedule: Says at which steps the policy is evaluated and saved.
-        rules: Objectives, scheme, estimator and combination.
-        prompts: To train on, and held out.
-        bus: Scores samples.
-        tokenizer: The policy's.
-        model: Folder or hub name of the policy.
-        files: Where this process writes.
-        archive: Evaluated points.
-    """
-
-    config: Config
-    plan: Plan
-    schedule: Schedule
-    rules: StepRules
-    prompts: PromptSets
-    bus: RewardBus
-    tokenizer: PreTrainedTokenizerBase
-    model: str
-    files: RunFiles
-    archive: Archive
 
 
 class Learner(PolicyAccess, GRPOTrainer):
@@ -326,6 +294,19 @@ class Learner(PolicyAccess, GRPOTrainer):
         )
         with unwrapped as model, self._dist.summon_full_params(self.model_wrapped, recurse=False):
             yield model
+
+    @contextmanager
+    def at_temperature_one(self) -> Iterator[None]:
+        """Let TRL's scoring be of the policy itself; it divides by the sampling temperature otherwise."""
+        base = base_of(self.accelerator.unwrap_model(self.model))
+        forward = base.forward
+        if self.temperature != 1:
+            add_fused_lm_head(base, 1.0, self.args.cast_lm_head_to_fp32)
+        try:
+            with self.accelerator.autocast():
+                yield
+        finally:
+            base.forward = forward
 
     def _signals(self, output: Mapping[str, Any]) -> Mapping[Signal, np.ndarray]:
         """What the scheme needs and can be had by now, and nothing else; `output` is the batch as TRL made it."""

@@ -25,11 +25,9 @@ class PolicyAccess:
     def score(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
         """Log-probabilities (S, T - 1), nats, of the tokens of S sequences but for the first of each, at temperature 1."""
         tokens = torch.tensor(sequences, device=self.accelerator.device)
-        self.model.eval()
-        with torch.no_grad(), self.accelerator.autocast():  # not by TRL's way, which divides by the sampling temperature
-            logits = self.model(input_ids=tokens, attention_mask=torch.ones_like(tokens)).logits[:, :-1]
-        self.model.train()
-        return logits.float().log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0].double().cpu().numpy()
+        with self.at_temperature_one():
+            log_probs = self._log_probs(tokens, torch.ones_like(tokens), tokens.shape[1] - 1)
+        return log_probs.double().cpu().numpy()
 
     def log_ratios(self, batch: Mapping[str, Any]) -> np.ndarray:
         """log pi(y) / pi_ref(y) of every sample of all processes (N,), summed over its tokens, nats."""

@@ -109,7 +109,8 @@ def build_learner(run: Run, built: Built, schedule: Schedule, callbacks: Sequenc
 
     from align.archive import Archive
     from align.engine import open_engine
-    from align.learner import Learner, Parts
+    from align.learner import Learner
+    from align.parts import Parts
     from align.runlog import RunFiles
     from align.step import StepRules
     from align.weighting import build_scheme

@@ -137,7 +137,8 @@ class Server:
     def _read(self, route: str, status: int, text: str) -> Any:
         where = self.url + route
         if status == 401:
-            raise RolloutError(f"{self.url} refuses the key: set {SERVERS_KEY} to the one that it was started with")
+            what = "refuses the key" if self.headers else f"wants a key, and {SERVERS_KEY} is not set"
+            raise RolloutError(f"{self.url} {what}: set {SERVERS_KEY} to the one that it was started with")
         if status == 404:
             raise RolloutError(f"{where} does not exist: start the server by `paretune worker`")
         if status >= 500:

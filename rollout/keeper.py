@@ -30,7 +30,7 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 
 def start_keeper(
-    command: Sequence[str], remove: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | int
+    command: Sequence[str], remove: Sequence[str], environment: Mapping[str, str], output: IO[bytes] | int | None
 ) -> subprocess.Popen[bytes]:
     """Start a keeper that this process owns. Closing its `stdin`, or the end of this process, stops it.
 
@@ -38,7 +38,7 @@ def start_keeper(
         command: What to run; nothing when empty.
         remove: Folders to remove at the end.
         environment: Of the keeper and of the command; its PYTHONPATH must lead to this package.
-        output: Where both write to.
+        output: Where both write to; as this process does when None.
     """
     folders = [word for folder in remove for word in ("--remove", folder)]
     return subprocess.Popen(

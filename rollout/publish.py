@@ -171,7 +171,11 @@ class Leader:
             version = server.version(server.timeout)
         except ServerError as error:
             self._start_again(index, isinstance(error, ServerTimeout))
+            if not server.healthy():
+                raise  # it is somebody else's to start
             return
+        if belongs_to_another(version, self._version):
+            raise RolloutError(f"it holds the weights {version!r}: another run uses it")
         with self._lock:
             if version == self._version or server.version() == self._version:
                 return
@@ -194,6 +198,11 @@ def carries(server: Server, version: str) -> bool:
         return server.version() == version
     except RolloutError:
         return False
+
+
+def belongs_to_another(held: str, own: str) -> bool:
+    """Whether a server carries a version that another run has given it; before any, vLLM calls it `default`."""
+    return held not in ("default", "") and held.rpartition("-")[0] != own.rpartition("-")[0]
 
 
 def worst(gaps: Sequence[Gap]) -> Gap:

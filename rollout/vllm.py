@@ -11,7 +11,7 @@ import numpy as np
 
 from rollout.client import Server, ServerError
 from rollout.dispatch import Dispatcher
-from rollout.publish import Publisher
+from rollout.publish import Publisher, belongs_to_another
 from rollout.sampler import NO_CHECK, Check, Gap, RolloutError, SamplingParams
 from rollout.transfer import on_all
 from rollout.types import FinishReason, Prompt, Sample, SampleGroup
@@ -86,6 +86,18 @@ class VllmSampler:
     def _name(self) -> str:
         return f"{self._run}-{self._version}"
 
+    def _still_own(self) -> None:
+        """Raise RolloutError when another run has changed a server's weights while samples were drawn."""
+        for server in self.servers:
+            try:
+                version = server.version()
+            except ServerError:
+                continue  # gone or being started again; what it gave before was ours
+            if belongs_to_another(version, self._name):
+                raise RolloutError(
+                    f"{server.url} holds the weights {version!r}: another run uses it, so samples cannot be told apart"
+                )
+
     def _ready(self, server: Server) -> None:
         """Raise RolloutError unless a server answers and carries the version in force."""
         if (version := server.version()) != self._name:
@@ -104,6 +116,7 @@ class VllmSampler:
         if self._closed:
             raise RolloutError("the sampler is closed")
         choices = asyncio.run(self._complete_all(requests, on_all(self.servers, self._ready)))
+        self._still_own()
         texts = self._decode([choice["token_ids"] for choice in choices])
         samples = [self._sample(choice, text, params) for choice, text in zip(choices, texts, strict=True)]
         size = params.samples_per_prompt

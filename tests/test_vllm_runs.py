@@ -17,6 +17,7 @@ from rollout.client import Server
 from tests.conftest import ROOT, command, environment, overrides, read_lines
 
 VLLM = "--rollout.engine.type=vllm"
+STARTED = time.time()
 SHARDED = str(ROOT / "configs" / "accelerate" / "zero3_cpu.yaml")
 
 
@@ -38,7 +39,7 @@ def leftovers(output: Path) -> set[str]:
                 found.add(f"{process.pid} {line[:120]}")
             in_use += line + "".join(files) + Path(f"/proc/{process.pid}/maps").read_text()
     shared = [path for path in Path("/dev/shm").iterdir() if path.name.startswith(("paretune-", "psm_"))]
-    return found | {str(path) for path in shared if path.name not in in_use}
+    return found | {str(path) for path in shared if path.name not in in_use and path.stat().st_ctime > STARTED}
 
 
 def wait_until_nothing_is_left(output: Path, seconds: float = 30.0) -> None:
@@ -288,7 +289,7 @@ def test_weights_that_do_not_fit_are_named(launch, tmp_path, on_servers, vllm_wo
 
 
 def test_a_server_that_is_not_there_and_one_with_another_key(launch, tmp_path, on_servers, monkeypatch):
-    missing = [VLLM, "--rollout.engine.urls=['http://127.0.0.1:9']"]
+    missing = [VLLM, "--rollout.engine.urls=['http://127.0.0.1:9']", "--rollout.engine.start_timeout=3"]
     result = launch("align.train", *overrides(tmp_path / "run", *missing))
     assert result.returncode == 2
     assert "http://127.0.0.1:9" in result.stderr

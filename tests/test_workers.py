@@ -301,27 +301,28 @@ def test_a_killed_trainer_leaves_nothing(stand_in, scratch):
     _until(lambda: not _alive(pids) and not os.listdir(scratch) and all(map(_free, urls)), 10)
 
 
-def test_paretune_worker_becomes_the_server(stand_in):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_paretune_worker_serves_with_a_key_and_takes_its_server_along(stand_in, number):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": f"{stand_in / 'fake'}:{ROOT}"}
-    command = [sys.executable, "-m", "align.cli", "worker", "policy", "--port", str(port)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT) as server:
-        lines = [server.stdout.readline() for _ in range(2)]
+    command = [sys.executable, "-m", "align.cli", "worker", "builtin:arithmetic", "--port", str(port)]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT) as worker:
+        lines = [worker.stdout.readline() for _ in range(2)]
         url, key = f"http://127.0.0.1:{port}", lines[1].strip().partition("=")[2]
         _until(lambda: _status(url, "/health") == 200, 20)
         assert _status(url, "/v1/models", key) == 200
-        assert key not in " ".join(psutil.Process(server.pid).cmdline())
-        assert "vllm.entrypoints.openai.api_server" in psutil.Process(server.pid).cmdline()
-        for child in psutil.Process(server.pid).children():
-            child.kill()
-        server.terminate()
+        tree = psutil.Process(worker.pid).children(recursive=True)
+        assert any("vllm.entrypoints.openai.api_server" in process.cmdline() for process in tree)
+        assert not any(key in word for process in tree for word in process.cmdline())
+        worker.send_signal(number)
+        _until(lambda: not _alive([process.pid for process in tree]), 20)
 
 
 def test_paretune_worker_listens_elsewhere_with_a_key_only(launch, monkeypatch):
     monkeypatch.delenv("PARETUNE_VLLM_KEY", raising=False)
-    result = launch("align.cli", "worker", "policy", "--host", "0.0.0.0")
+    result = launch("align.cli", "worker", "builtin:arithmetic", "--host", "0.0.0.0")
     assert result.returncode == 2
     assert "set PARETUNE_VLLM_KEY" in result.stderr
 
