@@ -34,7 +34,7 @@ def sample(sampler, prompts, params):
         draw = random.Random(prompt.text)
         ids = [tuple(draw.choices(range(40, 70), k=draw.randint(4, 12))) for _ in range(params.samples_per_prompt)]
         texts = ["".join(map(chr, i)) for i in ids]
-        samples = [Sample(i, (), FinishReason.LENGTH, 0, t) for i, t in zip(ids, texts, strict=True)]
+        samples = [Sample(i, (), FinishReason.LENGTH, sampler._version, t) for i, t in zip(ids, texts, strict=True)]
         groups.append(SampleGroup(prompt, tuple(samples)))
     return groups
 
