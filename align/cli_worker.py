@@ -10,18 +10,7 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
-from align.build import locate_model
-from align.config.rollout_rules import is_loopback
 from align.launch import told_to_use_cpu
-from rollout.keeper import start_keeper, stop_keeper
-from rollout.server import (
-    SERVERS_KEY,
-    TRANSFERS,
-    ServerOptions,
-    child_environment,
-    server_command,
-    server_environment,
-)
 
 
 def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +29,12 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=int, default=0, help="threads to compute with on a CPU (default: one per core)")
     add("--device", choices=("auto", "cpu", "gpu"), default="auto", help="what vLLM is built for (default: %(default)s)")
     add("--trust-remote-code", action="store_true", help="let code that comes with the model run")
-    add("--transfer", choices=TRANSFERS, default=TRANSFERS[0], help="how new weights arrive (default: %(default)s)")
+    add(
+        "--transfer",
+        choices=("directory", "nccl"),
+        default=("directory", "nccl")[0],
+        help="how new weights arrive (default: %(default)s)",
+    )
     add("--args", metavar="JSON", default="{}", help='further arguments of vLLM, such as \'{"quantization": "fp8"}\'')
 
 
@@ -50,6 +44,10 @@ def run_worker(options: argparse.Namespace) -> None:
     Raises:
         ValueError: vLLM is not installed, an argument is out of range, or others could reach a server without a key.
     """
+    from align.build import locate_model  # after the command line has seen to it that these are ours
+    from rollout.keeper import start_keeper, stop_keeper
+    from rollout.server import SERVERS_KEY, ServerOptions, child_environment, server_command, server_environment
+
     served = ServerOptions(
         model=locate_model(options.model),
         revision=options.revision,
@@ -84,6 +82,9 @@ def run_worker(options: argparse.Namespace) -> None:
 
 def _key(host: str) -> str:
     """The key in the environment; on loopback one is made up, and shown, where there is none."""
+    from align.config.rollout_rules import is_loopback
+    from rollout.server import SERVERS_KEY
+
     key = os.environ.get(SERVERS_KEY, "").strip()
     if key:
         return key
