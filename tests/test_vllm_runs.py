@@ -231,7 +231,7 @@ def test_a_killed_process_of_two_takes_the_rest_along(tmp_path):
 
 def test_a_run_survives_its_server_and_stops_with_a_checkpoint_when_it_may_not(tmp_path):
     """Killed once it is started again; killed once more with no restart left, the run ends, and says how to go on."""
-    limits = ["--rollout.engine.restarts=1", "--rollout.engine.start_timeout=45"]
+    limits = ["--rollout.engine.restarts=1", "--rollout.engine.start_timeout=200"]
     process = start(tmp_path / "run", VLLM, *limits, "--steps=2000", "--evaluation.every=0", "--checkpoint.every=1000")
     wait_for_rows(tmp_path / "run", 2, process)
     servers_of(tmp_path / "run")[0].kill()
