@@ -32,14 +32,14 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--transfer",
         choices=("directory", "nccl"),
-        default=("directory", "nccl")[0],
+        default="directory",
         help="how new weights arrive (default: %(default)s)",
     )
     add("--args", metavar="JSON", default="{}", help='further arguments of vLLM, such as \'{"quantization": "fp8"}\'')
 
 
-def run_worker(options: argparse.Namespace) -> None:
-    """Become a vLLM server: signals then reach it without a go-between. Does not return.
+def run_worker(options: argparse.Namespace) -> int:
+    """Serve until the server ends, or this process does, which takes it along; the server's exit status.
 
     Raises:
         ValueError: vLLM is not installed, an argument is out of range, or others could reach a server without a key.

@@ -74,6 +74,7 @@ class Rollouts:
         self._ahead: _Ahead | None = None
         self._thread = ThreadPoolExecutor(1)
         if not sampler.shares_weights:
+            together(policy.describe_weights)  # what cannot be sent is said before anything is put together
             engine = config.rollout.engine
             longest = max(len(prompt.token_ids) for prompt in prompts) + config.rollout.max_tokens
             self._canaries = canaries(prompts, engine.verify, longest, vocabulary, config.seed)
@@ -138,7 +139,6 @@ class Rollouts:
 
     def _push(self, step: int) -> None:
         """Push and compare, and once more when they differ."""
-        together(self._policy.describe_weights)  # what cannot be sent is said before anything is put together
         check = Check(self._canaries, self._policy.score(self._canaries), self._band)
         for _ in range(2):
             gap = together(lambda: self.sampler.sync(self._policy.named_weights(), step, check))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 
 from align.guard import check_imports
 from align.launch import share_cores
+from rollout.server import ServerOptions
 
 check_imports()
 share_cores()
@@ -31,6 +33,21 @@ SMALL = (  # overrides that make the quickstart a matter of seconds
     "--prompts.evaluation.args.count=16",
     "--evaluation.every=2",
     "--checkpoint.every=2",
+)
+
+
+SERVER = ServerOptions(
+    model="policy",
+    revision="",
+    dtype="float32",
+    max_concurrent=16,
+    max_model_len=128,
+    tensor_parallel=1,
+    gpu_memory=0.9,
+    cpu_cache_gib=0.1,
+    trust_remote_code=False,
+    transfer="directory",
+    args={},
 )
 
 
@@ -80,22 +97,9 @@ def serve(model: str, logs: Path, count: int = 1):
     """Real vLLM servers of a model, for the time of the block; skips where vLLM is not installed."""
     if find_spec("vllm") is None:
         pytest.skip("vLLM is not installed (scripts/setup vllm)")
-    from rollout.server import ServerOptions
     from rollout.workers import LocalWorkers
 
-    options = ServerOptions(
-        model=model,
-        revision="",
-        dtype="float32",
-        max_concurrent=64,
-        max_model_len=128,
-        tensor_parallel=1,
-        gpu_memory=0.9,
-        cpu_cache_gib=0.25,
-        trust_remote_code=False,
-        transfer="directory",
-        args={},
-    )
+    options = replace(SERVER, model=model, max_concurrent=64, cpu_cache_gib=0.25)
     workers = LocalWorkers(options, count, logs, [[]] * count)
     workers.start()
     try:

@@ -6,24 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from rollout.server import ServerOptions, child_environment, server_command, server_environment
+from rollout.server import child_environment, server_command, server_environment
 from rollout.server_guard import RequireKey
 from rollout.workers import LocalWorkers, telling_lines
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SERVER
 
-OPTIONS = ServerOptions(
-    model="policy",
-    revision="",
-    dtype="float32",
-    max_concurrent=16,
-    max_model_len=128,
-    tensor_parallel=1,
-    gpu_memory=0.9,
-    cpu_cache_gib=0.1,
-    trust_remote_code=False,
-    transfer="directory",
-    args={},
-)
+OPTIONS = SERVER
 
 
 def test_the_command_has_no_key_and_says_what_was_asked():

@@ -20,24 +20,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rollout.server import ServerOptions
 from rollout.workers import LocalWorkers, WorkerError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SERVER
 
 MODEL = str(ROOT / "align" / "policies" / "arithmetic")
-OPTIONS = ServerOptions(
-    model=MODEL,
-    revision="",
-    dtype="float32",
-    max_concurrent=16,
-    max_model_len=128,
-    tensor_parallel=1,
-    gpu_memory=0.9,
-    cpu_cache_gib=0.1,
-    trust_remote_code=False,
-    transfer="directory",
-    args={},
-)
+OPTIONS = replace(SERVER, model=MODEL)
 STAND_IN = """
     # Answers as vLLM does, with a child for its engine. The model's name says what goes wrong.
     import argparse, http.server, os, socket, subprocess, sys, tempfile, time
