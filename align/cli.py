@@ -89,8 +89,7 @@ def _report(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
 
 def _worker(options: argparse.Namespace, overrides: Sequence[str]) -> int:
-    run_worker(options)
-    return 0
+    return run_worker(options)
 
 
 def _schema(options: argparse.Namespace, overrides: Sequence[str]) -> int:
