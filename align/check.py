@@ -20,7 +20,7 @@ from align.build import (
     locate_policy,
     objectives_of,
 )
-from align.config import Config, describe
+from align.config import Config, describe, describe_sampling
 from align.engine import check_engine
 from align.load import load_config
 from align.plan import make_plan
@@ -48,6 +48,7 @@ def check(path: str, processes: int, overrides: Sequence[str]) -> int:
           f"{plan.micro_batch_size}; {plan.accumulation} pass(es) per update")  # fmt: skip
     print(f"run:   {config.steps} steps = {plan.batches} batches, {plan.prompts} prompts, "
           f"{plan.samples_by(config.steps)} samples")  # fmt: skip
+    print(f"sampling:  {describe_sampling(config.rollout)}")
     print(f"weighting: {describe(config)}")
     warnings = advise(config)
     model = locate_policy(config)

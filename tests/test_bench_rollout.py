@@ -8,8 +8,9 @@ import pytest
 
 from rollout.client import Server
 from rollout.types import FinishReason, Sample
-from scripts import bench_rollout, bench_rollout_runs
-from scripts.bench_rollout import differences, longest_first, ratios, spread
+from scripts import bench_rollout, bench_rollout_runs, bench_rollout_sampling
+from scripts.bench_rollout_common import ROOT, Setting, in_turn, ratios, spread
+from scripts.bench_rollout_sampling import differences, longest_first
 
 
 def test_the_longest_jobs_are_dealt_first():
@@ -20,8 +21,8 @@ def test_the_longest_jobs_are_dealt_first():
 def test_figures_are_medians_with_their_range():
     assert spread([3.0, 1.0, 2.0]) == {"median": 2.0, "min": 1.0, "max": 3.0, "count": 3}
     assert ratios([1.0, 6.0, 2.0], [2.0, 2.0, 2.0]) == {"median": 1.0, "min": 0.5, "max": 3.0, "count": 3}
-    assert bench_rollout.in_turn("ab", 0) == ["a", "b"]
-    assert bench_rollout.in_turn("ab", 1) == ["b", "a"]
+    assert in_turn("ab", 0) == ["a", "b"]
+    assert in_turn("ab", 1) == ["b", "a"]
 
 
 def test_log_probabilities_are_compared_up_to_the_first_other_token():
@@ -41,12 +42,12 @@ def one_server(vllm_workers, monkeypatch):
     def serve(setting, count):
         yield vllm_workers
 
-    for module in (bench_rollout, bench_rollout_runs):
+    for module in (bench_rollout_sampling, bench_rollout_runs):
         monkeypatch.setattr(module, "serve", serve)
-    monkeypatch.setattr(bench_rollout.Setting, "context", 128)
+    monkeypatch.setattr(Setting, "context", 128)
     monkeypatch.setattr(bench_rollout.signal, "signal", lambda *_: None)
     yield
-    policy = str(bench_rollout.ROOT / "align" / "policies" / "arithmetic")  # `lookahead` has trained it
+    policy = str(ROOT / "align" / "policies" / "arithmetic")  # `lookahead` has trained it
     Server(vllm_workers.urls[0], vllm_workers.key, 60.0).load({"path": policy})
 
 

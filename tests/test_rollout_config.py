@@ -3,6 +3,7 @@
 import pytest
 
 from align.advice import advise
+from align.config import describe_sampling
 from align.engine import check_engine
 from align.load import ConfigError, load_config
 from tests.conftest import QUICKSTART
@@ -90,3 +91,32 @@ def test_uncorrected_samples_are_warned_of():
     assert [line for line in advise(config("engine=vllm", "correction=none")) if "rollout.correction none" in line]
     lines = advise(config("engine=vllm", "lookahead=1", "correction=none"))
     assert [line for line in lines if "rollout.lookahead=1" in line]
+
+
+def test_one_url_needs_no_list():
+    assert config("engine=vllm", "engine.urls=http://127.0.0.1:8100").rollout.engine.urls == ["http://127.0.0.1:8100"]
+
+
+def test_a_server_on_every_address_of_this_machine_sees_its_shared_memory():
+    assert config("engine=vllm", "engine.urls=[http://0.0.0.0:8100]").rollout.engine.sync.path == "/dev/shm"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ([], ["transformers", "itself"]),
+        (
+            ["engine=vllm", "engine.workers=2"],
+            ["vLLM, 2 server(s) of this run", "/dev/shm", "on-policy", "truncate"],
+        ),
+        (
+            ["engine=vllm", "engine.urls=http://127.0.0.1:8100", "lookahead=1"],
+            ["at http://127.0.0.1:8100", "before"],
+        ),
+        (["engine=vllm", "engine.sync=transfer", "correction=none"], ["weights by transfer,", "correction none"]),
+    ],
+)
+def test_sampling_in_a_line(overrides, words):
+    line = describe_sampling(config(*overrides).rollout)
+    assert all(word in line for word in words)
+    assert "\n" not in line

@@ -2,6 +2,7 @@
 
 from align.config.advantages import CombinationConfig, EstimatorConfig
 from align.config.base import Section
+from align.config.rollout_rules import describe_sampling
 from align.config.rules import describe
 from align.config.run import Config
 from align.config.sections import AnySource
@@ -16,4 +17,5 @@ __all__ = [
     "Signal",
     "WeightingConfig",
     "describe",
+    "describe_sampling",
 ]

@@ -49,7 +49,7 @@ class VllmEngine(Section):
     type: Literal["vllm"]
     workers: PositiveInt = 1
     """Servers to start on this machine; they end with the run."""
-    urls: list[str] = []
+    urls: Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)] = []
     """Servers that run elsewhere, in place of local ones, for example those that `paretune worker` starts."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Type the servers compute in; by default `policy.dtype`."""

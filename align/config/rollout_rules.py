@@ -3,7 +3,7 @@
 from ipaddress import ip_address
 from urllib.parse import urlsplit
 
-from align.config.rollout import VllmEngine
+from align.config.rollout import RolloutConfig, VllmEngine
 from align.config.sections import Keys
 from rollout.server import RESERVED
 
@@ -57,14 +57,15 @@ def _servers(engine: VllmEngine) -> list[str]:
         )
     for url in engine.urls:
         parts = urlsplit(url)
+        here = is_loopback(parts.hostname or "") or parts.hostname == "0.0.0.0"
         if parts.scheme not in ("http", "https") or not parts.hostname:
             problems.append(f"rollout.engine.urls: {url!r} is not of the form http://host:port")
-        elif engine.sync.type == "directory" and engine.sync.path == "/dev/shm" and not is_loopback(parts.hostname):
+        elif engine.sync.type == "directory" and engine.sync.path == "/dev/shm" and not here:
             problems.append(
                 f"rollout.engine.urls: {url!r} is on another machine, which cannot see /dev/shm of this one: set "
                 "rollout.engine.sync.path to a folder of a file system that both share"
             )
-        elif engine.sync.type == "transfer" and is_loopback(engine.sync.address) and not is_loopback(parts.hostname):
+        elif engine.sync.type == "transfer" and is_loopback(engine.sync.address) and not here:
             problems.append(
                 f"rollout.engine.sync.address: {engine.sync.address} means another machine to {url!r}: give the address of "
                 "this one"
@@ -78,6 +79,17 @@ def _servers(engine: VllmEngine) -> list[str]:
         elif plain in RESERVED:
             problems.append(f"rollout.engine.args.{name} cannot be set: the run decides it")
     return problems
+
+
+def describe_sampling(rollout: RolloutConfig) -> str:
+    """How samples are made, in one line."""
+    engine, correction = rollout.engine, rollout.correction
+    if engine.type == "transformers":
+        return "transformers, by the learner itself"
+    servers = f"servers at {', '.join(engine.urls)}" if engine.urls else f"{engine.workers} server(s) of this run"
+    weights = f"{engine.sync.type} {engine.sync.path}" if engine.sync.type == "directory" else engine.sync.type
+    age = "while the batch before is trained on" if rollout.lookahead else "on-policy"
+    return f"vLLM, {servers}, weights by {weights}, {age}, correction {correction.type}"
 
 
 def is_loopback(host: str) -> bool:
