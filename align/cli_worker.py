@@ -72,12 +72,9 @@ def run_worker(options: argparse.Namespace) -> int:
     environment = child_environment(os.environ, server_environment(key, cpu, threads, (), served))
     environment.pop(SERVERS_KEY, None)  # the server has it under vLLM's name
     keeper = start_keeper(command, [], environment, None)
-    signal.signal(signal.SIGTERM, lambda *_: stop_keeper(keeper))
-    try:
-        return keeper.wait()
-    except KeyboardInterrupt:
-        stop_keeper(keeper)
-        return keeper.wait()
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background jobs are started deaf to it
+        signal.signal(number, lambda *_: stop_keeper(keeper))
+    return keeper.wait()
 
 
 def _key(host: str) -> str:

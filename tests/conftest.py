@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from rollout.server import ServerOptions
 check_imports()
 share_cores()
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background are deaf to it, and so are their children
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")

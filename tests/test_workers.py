@@ -304,7 +304,10 @@ def test_paretune_worker_serves_with_a_key_and_takes_its_server_along(stand_in, 
         assert any("vllm.entrypoints.openai.api_server" in process.cmdline() for process in tree)
         assert not any(key in word for process in tree for word in process.cmdline())
         worker.send_signal(number)
-        _until(lambda: not _alive([process.pid for process in tree]), 20)
+        try:
+            _until(lambda: not _alive([process.pid for process in tree]), 20)
+        finally:
+            worker.kill()
 
 
 def test_paretune_worker_listens_elsewhere_with_a_key_only(launch, monkeypatch):
