@@ -8,9 +8,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.config import AnySource, Config
+from align.config import AnySource, Config, ObjectiveConfig
 from rewards.bus import RewardBus
-from rewards.component import load_component
+from rewards.component import load_component, wanted_columns
 from rewards.types import Missing, Objective
 from rollout.prompts import (
     Rendering,
@@ -79,10 +79,25 @@ def build_bus(config: Config, columns: Sequence[str]) -> RewardBus:
     components = {}
     for name, objective in config.objectives.items():
         try:
-            components[name] = load_component(objective.reward, objective.args, columns)
+            rules = objective.calls.model_dump(exclude_none=True)
+            components[name] = load_component(objective.reward, objective.args, columns, rules)
         except ValueError as error:
             raise ValueError(f"objectives.{name}: {error}") from error
     return RewardBus(components, objectives_of(config))
+
+
+def served_buses(objectives: Mapping[str, ObjectiveConfig]) -> dict[str, tuple[Objective, RewardBus]]:
+    """A bus for each objective alone; what fields the data have is not known. Raises ValueError that names the objective."""
+    buses = {}
+    for name, config in objectives.items():
+        objective = Objective(name, config.direction == "maximize", config.bounds, Missing.NEUTRAL)
+        try:
+            columns = wanted_columns(config.reward, config.args)
+            component = load_component(config.reward, config.args, columns, config.calls.model_dump(exclude_none=True))
+        except ValueError as error:
+            raise ValueError(f"objectives.{name}: {error}") from error
+        buses[name] = (objective, RewardBus({name: component}, [objective]))
+    return buses
 
 
 @dataclass(frozen=True)

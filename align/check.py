@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,8 @@ def _try_rewards(config: Config, prompts: PromptSets, tokenizer: Tokenizer) -> N
     """Score sample texts as completions of the first prompt, and print the values."""
     token_ids = tokenizer(text=list(SAMPLE_TEXTS), add_special_tokens=False)["input_ids"]
     group = _sample_group(prompts.train[0], token_ids)
-    matrix = build_bus(config, prompts.columns).score([group])
+    with closing(build_bus(config, prompts.columns)) as bus:
+        matrix = bus.score([group])
     width = max(len(name) for name in config.objectives)
     print(f"\n{'reward of':<{width}}  " + "  ".join(f"{text!r:>20}" for text in SAMPLE_TEXTS))
     for k, objective in enumerate(objectives_of(config)):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from align import __version__
+from align.cli_rewards import add_rewards_arguments
 from align.cli_worker import add_worker_arguments, run_worker
 from align.guard import check_imports
 from align.launch import add_train_arguments, share_cores
@@ -57,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", metavar="FILE", default="", help="write the figures to this file")
     report = command("report", _report, "Write report.html and front.png of a run.")
     report.add_argument("run_folder", metavar="RUN")
+    rewards = command("rewards", _rewards, "Try rewards by hand, or serve them to trainers elsewhere.", True)
+    add_rewards_arguments(rewards)
     worker = command("worker", _worker, "Run one vLLM server here, for a trainer that names it in rollout.engine.urls.")
     add_worker_arguments(worker)
     command("schema", _schema, "Print the JSON schema of the configuration, for editors.")
@@ -86,6 +89,10 @@ def _report(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
     print(write_report(Path(options.run_folder)))
     return 0
+
+
+def _rewards(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    return options.act(options, overrides)
 
 
 def _worker(options: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -4,7 +4,6 @@ import argparse
 import glob
 import json
 import os
-import secrets
 import signal
 import sys
 from importlib.util import find_spec
@@ -45,6 +44,7 @@ def run_worker(options: argparse.Namespace) -> int:
         ValueError: vLLM is not installed, an argument is out of range, or others could reach a server without a key.
     """
     from align.build import locate_model  # after the command line has seen to it that these are ours
+    from align.service_key import service_key
     from rollout.keeper import start_keeper, stop_keeper
     from rollout.server import SERVERS_KEY, ServerOptions, child_environment, server_command, server_environment
 
@@ -63,7 +63,7 @@ def run_worker(options: argparse.Namespace) -> int:
     )
     if not 0 < options.port < 65536:
         raise ValueError(f"--port {options.port} must be from 1 to 65535")
-    key = _key(options.host)
+    key = service_key(options.host, SERVERS_KEY, "whoever reaches this server can run code on it")
     if find_spec("vllm") is None:
         raise ValueError("vLLM is not installed: run `scripts/setup vllm`")
     cpu = options.device == "cpu" or (options.device == "auto" and _on_cpu())
@@ -75,24 +75,6 @@ def run_worker(options: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background jobs are started deaf to it
         signal.signal(number, lambda *_: stop_keeper(keeper))
     return keeper.wait()
-
-
-def _key(host: str) -> str:
-    """The key in the environment; on loopback one is made up, and shown, where there is none."""
-    from align.config.rollout_rules import is_loopback
-    from rollout.server import SERVERS_KEY
-
-    key = os.environ.get(SERVERS_KEY, "").strip()
-    if key:
-        return key
-    if not is_loopback(host):
-        raise ValueError(
-            f"--host {host} can be reached from elsewhere, and whoever reaches this server can run code on it: set "
-            f"{SERVERS_KEY} to a secret here and where the trainer runs, or listen on 127.0.0.1"
-        )
-    key = secrets.token_urlsafe(32)
-    print(f"Start the trainer with\nexport {SERVERS_KEY}={key}", flush=True)
-    return key
 
 
 def _further(text: str) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Held-out evaluation: a policy's mean on every objective, with standard errors over prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,11 @@ from accelerate.utils import gather_object
 
 from align.runlog import sample_rows
 from align.together import together
-from rewards.bus import RewardBus
-from rewards.types import Objective
+from rewards.types import Objective, RewardMatrix
 from rollout.sampler import Sampler, SamplingParams
-from rollout.types import Prompt
+from rollout.types import Prompt, SampleGroup
+
+Score = Callable[[Sequence[SampleGroup]], tuple[RewardMatrix, RewardMatrix]]
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,12 @@ class Evaluation:
     rows: Sequence[Mapping[str, Any]]
 
 
-def evaluate(sampler: Sampler, bus: RewardBus, prompts: Sequence[Prompt], params: SamplingParams, step: int) -> Evaluation:
+def evaluate(sampler: Sampler, score: Score, prompts: Sequence[Prompt], params: SamplingParams, step: int) -> Evaluation:
     """Sample every prompt and score the samples; every process takes its share and gets the whole.
 
     Args:
         sampler: Holds the policy.
-        bus: Scores samples.
+        score: Gives the matrix of this process's groups, and that of all processes.
         prompts: P held-out prompts, the same in every process; at least one per process.
         params: With G samples per prompt, and the seed of this process.
         step: Written into the rows.
@@ -54,10 +55,9 @@ def evaluate(sampler: Sampler, bus: RewardBus, prompts: Sequence[Prompt], params
     processes = PartialState()
     share = prompts[processes.process_index :: processes.num_processes]
     groups = together(lambda: sampler.sample(share, params))
-    matrix = bus.score(groups)
-    rows = sample_rows(step, groups, matrix, weights_K=(), advantages_N=())
-    raw_NK = np.concatenate(gather_object([matrix.raw_NK]))
-    return Evaluation(raw_NK.reshape(len(prompts), params.samples_per_prompt, -1), gather_object(rows))
+    local, gathered = score(groups)
+    rows = sample_rows(step, groups, local, weights_K=(), advantages_N=())
+    return Evaluation(gathered.raw_NK.reshape(len(prompts), params.samples_per_prompt, -1), gather_object(rows))
 
 
 def summarize(raw_PGK: np.ndarray, objectives: Sequence[Objective]) -> Summary:

@@ -3,8 +3,9 @@
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,7 @@ def _evaluate(policy: Policy, config: Config) -> "Summary":
     import torch
 
     from align.evaluate import evaluate, summarize
+    from align.scoring import score_together
     from rollout.local import LocalSampler
 
     tokenizer, context = load_tokenizer(policy.path, config)
@@ -85,7 +87,9 @@ def _evaluate(policy: Policy, config: Config) -> "Summary":
     batch_size = engine.batch_size if engine.type == "transformers" else engine.max_concurrent
     sampler = LocalSampler(lambda: _lend(model), tokenizer, sorted({*stop, tokenizer.eos_token_id}), batch_size)
     params = evaluation_params(config, Place())
-    evaluation = evaluate(sampler, build_bus(config, prompts.columns), prompts.evaluation, params, step=0)
+    with closing(build_bus(config, prompts.columns)) as bus:
+        score = partial(score_together, bus, config=config.scoring, pause=lambda: None)
+        evaluation = evaluate(sampler, score, prompts.evaluation, params, step=0)
     return summarize(evaluation.raw_PGK, objectives_of(config))
 
 

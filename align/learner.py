@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is marked
 
 import numpy as np
 import torch
-from accelerate.utils import gather, gather_object, reduce
+from accelerate.utils import gather, reduce
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
@@ -40,10 +41,11 @@ from align.policy import PolicyAccess
 from align.probe import NO_GRAM, OBJECTIVE_ADVANTAGES, build_probe, replaced, select
 from align.rollouts import Rollouts
 from align.sampling import Place, evaluation_params
+from align.scoring import score_together
 from align.step import advantages_alone, take_step
 from align.weighting import Signal, WeightState
 from align.weights import base_of
-from rewards.types import RewardMatrix, stack
+from rewards.types import RewardMatrix
 from rollout.prompts import prompt_order
 from rollout.sampler import Sampler
 from rollout.types import SampleGroup
@@ -95,6 +97,7 @@ class Learner(PolicyAccess, GRPOTrainer):
         if Signal.GRAM in parts.rules.scheme.needs:
             self._probe = build_probe(parts.config, self.model, parts.plan.micro_batch_size, self.aux_loss_enabled)
         self._told: set[str] = set()
+        self._tokens_before = 0  # tokens seen before the batch being sampled
         self._prompt_indices: list[int] = []  # of the batch being sampled, one per sample of this process
         self._groups: list[SampleGroup] = []  # this process's samples of it
         self._scored: RewardMatrix  # their rewards
@@ -105,13 +108,13 @@ class Learner(PolicyAccess, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """Let TRL run, then put our advantages in the place of its own."""
         self._prompt_indices = [row["index"] for row in inputs]
-        step, tokens_seen = self.state.global_step, self.state.num_input_tokens_seen
+        step, self._tokens_before = self.state.global_step, self.state.num_input_tokens_seen
         self._last_loaded_step = step  # there is no vLLM of TRL's own to bring up to date
         output = super()._generate_and_score_completions(inputs)
         try:
             result = take_step(self.parts.rules, self.weight_state, self._gathered, step, self._signals(output))
         except MissingRewardError:
-            self.state.num_input_tokens_seen = tokens_seen  # the batch will be sampled again
+            self.state.num_input_tokens_seen = self._tokens_before  # the batch will be sampled again
             raise
         self._tell(result.state)
         self.weight_state = result.state
@@ -146,12 +149,14 @@ class Learner(PolicyAccess, GRPOTrainer):
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
         """Score this process's samples on the bus; every process gets the whole matrix (N, K)."""
         start = time.perf_counter()
-        self._scored = self.parts.bus.score(self._groups)
+        self._scored, self._gathered = self._score(self._groups, self._save_before_the_batch)
         self._metrics["train"]["time/scoring"].append(time.perf_counter() - start)
-        for name, seconds in self.parts.bus.seconds.items():
-            self._metrics["train"][f"time/reward/{name}"].append(seconds)
-        self._gathered = stack(gather_object([self._scored]))
+        for name, scores in self.parts.bus.latest.items():
+            self._metrics["train"][f"time/reward/{name}"].append(scores.seconds)
         return torch.tensor(self._gathered.raw_NK, dtype=torch.float32, device=self.accelerator.device)
+
+    def _score(self, groups: Sequence[SampleGroup], pause: Callable[[], None]) -> tuple[RewardMatrix, RewardMatrix]:
+        return score_together(self.parts.bus, groups, self.parts.config.scoring, pause)
 
     def training_step(self, model, inputs, num_items_in_batch):
         """TRL's, and the probe takes in what its backward showed."""
@@ -206,7 +211,8 @@ class Learner(PolicyAccess, GRPOTrainer):
         parts, step = self.parts, self.state.global_step
         self.rollouts.sync(step)
         params = evaluation_params(parts.config, Place(self.accelerator.process_index, parts.plan.processes))
-        evaluation = evaluate(self.rollouts.sampler, parts.bus, parts.prompts.evaluation, params, step)
+        score = partial(self._score, pause=self.save_unless_saved)
+        evaluation = evaluate(self.rollouts.sampler, score, parts.prompts.evaluation, params, step)
         summary = summarize(evaluation.raw_PGK, parts.rules.objectives)
         checkpoint = f"checkpoints/{checkpoint_name(step)}" if parts.schedule.saves_at(step) else ""
         parts.archive.append(
@@ -242,6 +248,11 @@ class Learner(PolicyAccess, GRPOTrainer):
         step = self.state.global_step
         if step and not (self._checkpoints / checkpoint_name(step) / STATE_FILE).exists():
             self._save_checkpoint(self.model, trial=None)
+
+    def _save_before_the_batch(self) -> None:
+        """Write a checkpoint from which the batch being scored will be sampled again."""
+        with replaced(self.state, num_input_tokens_seen=self._tokens_before):
+            self.save_unless_saved()
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """TRL's checkpoint, then what it leaves out; complete once the last file is there."""

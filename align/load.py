@@ -5,15 +5,17 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from yaml import YAMLError
 
-from align.config import Config
+from align.config import Config, ObjectiveConfig, Served
 from align.trl_options import may_be_set, option_types
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class ConfigError(ValueError):
@@ -31,6 +33,17 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: The file is missing or no YAML, an override has no `=`, or the result is not a valid config.
     """
+    return parse_config(_read(path, overrides), path)
+
+
+def load_objectives(path: str, overrides: Sequence[str] = ()) -> dict[str, ObjectiveConfig]:
+    """The objectives of a file, which need not have anything else. Raises ConfigError as `load_config` does."""
+    data = _read(path, overrides)
+    objectives = {"objectives": data["objectives"]} if isinstance(data, dict) and "objectives" in data else {}
+    return _parse(Served, objectives, path).objectives
+
+
+def _read(path: str, overrides: Sequence[str]) -> Any:
     if not Path(path).is_file():
         raise ConfigError(f"no configuration at {path!r}: give the path of a YAML file, for example configs/quickstart.yaml")
     for override in overrides:
@@ -40,10 +53,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
         loaded = _read_resolved(path) if path.endswith(".json") else OmegaConf.load(path)
         for i, override in enumerate(overrides):
             _apply(loaded, override.removeprefix("--"), [earlier.removeprefix("--") for earlier in overrides[:i]])
-        data = OmegaConf.to_container(loaded, resolve=True)
+        return OmegaConf.to_container(loaded, resolve=True)
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, ValueError, TypeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    return parse_config(data, path)
 
 
 def _read_resolved(path: str) -> Any:
@@ -103,8 +115,12 @@ def _kinds(annotation: Any, path: Sequence[str]) -> list[type[BaseModel]]:
 
 def parse_config(data: Any, source: str) -> Config:
     """Check already parsed data. Raises ConfigError with one line per problem; `source` names the file in it."""
+    return _parse(Config, data, source)
+
+
+def _parse(kind: type[Model], data: Any, source: str) -> Model:
     try:
-        return Config.model_validate(data)
+        return kind.model_validate(data)
     except ValidationError as error:
         lines = _merged(line for e in error.errors() for line in _explain(e, data))
         raise ConfigError(f"{source} is not a valid configuration:\n" + "\n".join(f"  {line}" for line in lines)) from error

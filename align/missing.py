@@ -4,15 +4,29 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rewards.types import Missing, Objective, RewardMatrix
+from rewards.types import NO_VALUE, Missing, Objective, RewardMatrix
 
 
 class MissingRewardError(RuntimeError):
     """A value is missing, and the objective's policy is to stop."""
 
 
-def refuse_missing(matrix: RewardMatrix) -> None:
-    """Raise MissingRewardError when an objective whose policy is `fail` lacks a value."""
+def failing(matrix: RewardMatrix, limit: float) -> dict[str, str]:
+    """Sentences, by objective, about those of which more than a share of the values failed; any, where the policy is `fail`.
+
+    A reward that itself says that it has no value for a sample has not failed.
+    """
+    sentences = {}
+    for k, objective in enumerate(matrix.objectives):
+        reasons = [why for (_, column), why in sorted(matrix.errors.items()) if column == k and why != NO_VALUE]
+        if len(reasons) > (0.0 if objective.missing is Missing.FAIL else limit) * len(matrix.raw_NK):
+            how_many = f"{len(reasons)} of {len(matrix.raw_NK)} samples"
+            sentences[objective.name] = f"objective {objective.name!r} failed on {how_many}; the first: {reasons[0]}"
+    return sentences
+
+
+def refuse_missing(matrix: RewardMatrix, limit: float) -> None:
+    """Raise MissingRewardError when an objective with the policy `fail` lacks a value, or one failed beyond the limit."""
     for k, objective in enumerate(matrix.objectives):
         rows = np.flatnonzero(matrix.missing_NK[:, k])
         if objective.missing is Missing.FAIL and len(rows):
@@ -22,6 +36,10 @@ def refuse_missing(matrix: RewardMatrix) -> None:
                 f"{reason}. Mend the reward, or say what a missing value does: "
                 f"--objectives.{objective.name}.missing=drop_sample (or drop_group, neutral)"
             )
+    if sentences := failing(matrix, limit):
+        raise MissingRewardError(
+            f"{'; '.join(sentences.values())}. Mend the reward, or let more of it fail: --scoring.max_failed (now {limit:g})"
+        )
 
 
 def unmeasured(matrix: RewardMatrix) -> dict[str, str]:

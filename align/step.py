@@ -21,6 +21,7 @@ class StepRules:
     estimator: EstimatorConfig
     combination: CombinationConfig
     group_size: int
+    max_failed: float
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def advantages_alone(rules: StepRules, matrix: RewardMatrix) -> np.ndarray:
 
 def _rewards(rules: StepRules, matrix: RewardMatrix) -> np.ndarray:
     """Rewards (P, G, K) after the missing-value policies."""
-    refuse_missing(matrix)
+    refuse_missing(matrix, rules.max_failed)
     return apply_missing(matrix.values_NK.reshape(-1, rules.group_size, len(rules.objectives)), rules.objectives)
 
 

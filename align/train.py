@@ -133,6 +133,7 @@ def build_learner(run: Run, built: Built, schedule: Schedule, callbacks: Sequenc
         config.estimator,
         config.combination,
         config.rollout.samples_per_prompt,
+        config.scoring.max_failed,
     )
     parts = Parts(
         config, built.plan, schedule, rules, built.prompts, built.bus, built.tokenizer, built.model, files, archive
@@ -182,6 +183,7 @@ def _run(run: Run, built: Built) -> int:
         return _fail(error, f"Nothing is lost: mend it, then {_resume_command(run)}")
     finally:
         learner.rollouts.close()
+        built.bus.close()
     if state.is_main_process:
         if on_schedule.stopped and learner.state.global_step < config.steps:
             print(f"stopped after step {learner.state.global_step}; go on with: {_resume_command(run)}")

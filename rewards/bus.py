@@ -1,18 +1,21 @@
 """The reward bus: runs every component over the samples and collects one checked value per cell."""
 
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 
-from rewards.component import Component
-from rewards.types import Objective, RewardMatrix
+from rewards.execution import Component, Scores
+from rewards.types import NO_VALUE, Objective, RewardMatrix
 from rollout.types import SampleGroup
 
 
 class RewardBus:
     """Scores sample groups on K objectives.
+
+    Components that wait (for an endpoint, a thread, a process) do so at the same time, while those that run inline take
+    their turns in the thread that calls. No value depends on which of them is done first.
 
     Args:
         components: The component of every objective, by name and in the order of the columns.
@@ -23,32 +26,66 @@ class RewardBus:
         assert list(components) == [objective.name for objective in objectives]
         self._components = components
         self._objectives = objectives
-        self.seconds: dict[str, float] = {}  # of the latest call, by objective
+        self.latest: dict[str, Scores] = {}  # of the latest call, by objective
 
     def score(self, groups: Sequence[SampleGroup]) -> RewardMatrix:
         """Score all samples of the groups; rows are in the order of the groups.
 
-        A component that raises, returns no number, NaN, infinity, or a value outside its bounds leaves the cell
-        missing and the reason recorded; nothing is replaced by 0 and nothing is clipped.
+        A component that raises, takes too long, returns no number, NaN, infinity, or a value outside its bounds leaves
+        the cell missing and the reason recorded; nothing is replaced by 0 and nothing is clipped.
         """
         num_samples = sum(len(group.samples) for group in groups)
-        raw_NK = np.full((num_samples, len(self._objectives)), np.nan)
-        errors: dict[tuple[int, int], str] = {}
+        empty = RewardMatrix(self._objectives, np.full((num_samples, len(self._objectives)), np.nan), {})
+        return self._fill(empty, groups, {objective.name: range(num_samples) for objective in self._objectives})
+
+    def score_again(self, groups: Sequence[SampleGroup], matrix: RewardMatrix, names: Sequence[str]) -> RewardMatrix:
+        """A matrix of these groups, with those cells scored once more that failed on the objectives named."""
+        failed = {
+            objective.name: sorted(n for n, column in matrix.errors if column == k)
+            for k, objective in enumerate(self._objectives)
+            if objective.name in names
+        }
+        return self._fill(matrix, groups, failed)
+
+    def may_recover(self, name: str) -> bool:
+        """Whether what a component fails to do now it may do later: where its calls are made again anyway."""
+        return self._components[name].retries > 0
+
+    def _fill(
+        self, matrix: RewardMatrix, groups: Sequence[SampleGroup], rows: Mapping[str, Collection[int]]
+    ) -> RewardMatrix:
+        raw_NK = matrix.raw_NK.copy()
+        errors = {(n, k): why for (n, k), why in matrix.errors.items() if self._objectives[k].name not in rows}
+        waits = {name: self._components[name].start(groups, some) for name, some in rows.items()}
+        self.latest = {name: wait() for name, wait in waits.items()}
         for k, objective in enumerate(self._objectives):
-            start = time.perf_counter()
-            for n, value in enumerate(self._components[objective.name](groups) if groups else []):
-                number, error = _check(value, objective.bounds)
-                raw_NK[n, k] = number
-                if error:
-                    errors[n, k] = error
-            self.seconds[objective.name] = time.perf_counter() - start
+            if objective.name in rows:
+                some = rows[objective.name]
+                values, reasons = check(self.latest[objective.name].values, objective.bounds)
+                raw_NK[list(some), k] = values
+                errors |= {(n, k): reason for n, reason in zip(some, reasons, strict=True) if reason}
         return RewardMatrix(self._objectives, raw_NK, errors)
+
+    def close(self) -> None:
+        """End the processes and connections of the components."""
+        for component in self._components.values():
+            component.close()
+
+
+def check(values: Sequence[object], bounds: tuple[float, float]) -> tuple[np.ndarray, Sequence[str]]:
+    """Usable values, NaN in the place of others, and reasons for these, empty for those."""
+    with suppress(TypeError, ValueError, OverflowError):  # the usual case, quickly
+        numbers = np.asarray(values, dtype=np.float64)
+        if numbers.shape == (len(values),) and ((numbers >= bounds[0]) & (numbers <= bounds[1])).all():
+            return numbers, [""] * len(values)
+    checked = [_check(value, bounds) for value in values]
+    return np.array([number for number, _ in checked]), [reason for _, reason in checked]
 
 
 def _check(value: object, bounds: tuple[float, float]) -> tuple[float, str]:
     """(number, "") for a usable value, else (NaN, reason)."""
     if value is None:
-        return math.nan, "no value"
+        return math.nan, NO_VALUE
     if isinstance(value, Exception):
         return math.nan, f"{type(value).__name__}: {value}".encode(errors="replace").decode()  # it goes to a file
     try:

@@ -1,69 +1,106 @@
-"""What a reward may be, how it is found, and how it is called.
+"""What a reward may be, and how it is found.
 
 A reward is a function (or a class whose instances are called) of one sample, and names the arguments it wants:
 
 * `text`: the completion; `prompt`: the text that the policy read; `token_ids`: the completion's tokens;
-  `group`: the texts of all samples of the same prompt;
+  `group`: the texts of all samples of the same prompt; `truncated`: whether the token limit ended it;
 * any field of the data row, by its name;
 * anything given as `args` in the configuration.
 
 It returns a number, or None when there is no value. A function with a `completions` argument is a reward in TRL's
-form: called once for all samples with lists of `prompts`, `completions` (both as text) and of every data field.
+form: called for many samples at once with lists of `prompts`, `completions` (both as text) and of every data field. One
+with a `groups` argument gets whole sample groups, and answers with the values of all their samples in a row. Any of
+them may be a coroutine function.
 """
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
+from math import inf
 from pkgutil import resolve_name
-from typing import Any, Protocol
+from typing import Any
 
-from rollout.types import SampleGroup
+from rewards.calls import OF_A_SAMPLE, Batched, CallRules, Form, Grouped, Isolation, PerSample
+from rewards.execution import Asynchronous, Component, Concurrent, Inline, Processes, Threads
 
-Value = float | None
-OF_A_SAMPLE = ("text", "prompt", "token_ids", "group")
-
-
-class Component(Protocol):
-    """A reward, ready to score."""
-
-    def __call__(self, groups: Sequence[SampleGroup]) -> list[Value | Exception]:
-        """One value, None, or the exception that prevented it, per sample in the order of the groups."""
-        ...
-
-
-BUILT_IN = {
-    "arithmetic_accuracy": "rewards.arithmetic:arithmetic_accuracy",
-    "arithmetic_clarity": "rewards.arithmetic:arithmetic_clarity",
-    "brevity": "rewards.text:brevity",
-    "math_answer": "rewards.verify:math_answer",
-    "numeric_answer": "rewards.verify:numeric_answer",
-    "step_lines": "rewards.text:step_lines",
+MANY_AT_ONCE = {"completions": Batched, "groups": Grouped}  # argument -> form
+DEFAULTS = {
+    Isolation.INLINE: CallRules(Isolation.INLINE, concurrency=1, batch_size=0, timeout=inf, retries=0),
+    Isolation.THREAD: CallRules(Isolation.THREAD, concurrency=8, batch_size=0, timeout=60.0, retries=0),
+    Isolation.PROCESS: CallRules(Isolation.PROCESS, concurrency=2, batch_size=0, timeout=30.0, retries=0),
+    Isolation.ASYNC: CallRules(Isolation.ASYNC, concurrency=64, batch_size=0, timeout=60.0, retries=2),
 }
 
 
-def load_component(reward: str, args: Mapping[str, Any], columns: Sequence[str]) -> Component:
+@dataclass(frozen=True, slots=True)
+class BuiltIn:
+    """Where a built-in reward is, and how it is called unless the configuration says otherwise."""
+
+    path: str
+    rules: Mapping[str, Any] = field(default_factory=dict)
+
+
+BUILT_IN = {
+    "arithmetic_accuracy": BuiltIn("rewards.arithmetic:arithmetic_accuracy"),
+    "arithmetic_clarity": BuiltIn("rewards.arithmetic:arithmetic_clarity"),
+    "brevity": BuiltIn("rewards.text:brevity"),
+    "math_answer": BuiltIn("rewards.verify:math_answer", {"isolation": "process"}),  # sympy may think for ever
+    "numeric_answer": BuiltIn("rewards.verify:numeric_answer"),
+    "remote": BuiltIn("rewards.http:RemoteReward", {"batch_size": 16}),
+    "step_lines": BuiltIn("rewards.text:step_lines"),
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Makes a reward; travels to the processes that are to have one."""
+
+    reward: str
+    args: Mapping[str, Any]
+
+    def __call__(self) -> Callable[..., Any]:
+        """An instance of a class, or a function with its args."""
+        found = find_reward(self.reward)
+        if inspect.isclass(found):
+            return found(**self.args)
+        return partial(found, **self.args) if self.args else found
+
+
+def load_component(reward: str, args: Mapping[str, Any], columns: Sequence[str], rules: Mapping[str, Any]) -> Component:
     """Find a reward and check that it can be called.
 
     Args:
         reward: A name of `BUILT_IN`, or `module:attribute`.
         args: Keyword arguments bound to a function or passed to a class.
         columns: Fields that every data row has.
+        rules: Fields of `CallRules` in the place of those that a reward of its kind has by default.
 
     Raises:
-        ValueError: It cannot be imported, is not callable, or wants an argument that nobody provides.
+        ValueError: It cannot be imported, is not callable, wants an argument that nobody provides, or cannot be called
+            by those rules.
     """
-    function = _bind(reward, find_reward(reward), args)
-    parameters = _parameters(reward, function)
-    if "completions" in parameters:
-        return TrlReward(function)
-    known = {*OF_A_SAMPLE, *columns}
-    for name, parameter in parameters.items():
-        if name not in known and parameter.default is parameter.empty:
-            raise ValueError(
-                f"reward {reward!r} wants an argument {name!r}, which is neither one of {', '.join(OF_A_SAMPLE)}, nor a "
-                f"field of the data ({', '.join(sorted(columns)) or 'none'}): rename it, or give it under `args`"
-            )
-    return SampleReward(function, tuple(name for name in parameters if name in known))
+    found = find_reward(reward)
+    parameters = _parameters(reward, found, args)
+    batched = next((form for name, form in MANY_AT_ONCE.items() if name in parameters), None)
+    chosen = _rules(reward, inspect.iscoroutinefunction(_called(found)), batched is not None, rules)
+    form: Form = batched(chosen.batch_size) if batched else PerSample(_wanted(reward, parameters, columns))
+    make = Recipe(reward, args)
+    match chosen.isolation:
+        case Isolation.INLINE:
+            return Inline(make(), form)
+        case Isolation.THREAD:
+            return Concurrent(Threads(make(), chosen.timeout), form, chosen)
+        case Isolation.PROCESS:
+            return Concurrent(Processes(make, chosen), form, chosen)
+        case Isolation.ASYNC:
+            return Concurrent(Asynchronous(make(), chosen.timeout), form, chosen)
+
+
+def wanted_columns(reward: str, args: Mapping[str, Any]) -> list[str]:
+    """Arguments of a reward that only fields of the data can provide. Raises ValueError as `load_component` does."""
+    parameters = _parameters(reward, find_reward(reward), args)
+    return [name for name in parameters if name not in (*OF_A_SAMPLE, *MANY_AT_ONCE)]
 
 
 def find_reward(reward: str) -> Callable[..., Any]:
@@ -71,81 +108,66 @@ def find_reward(reward: str) -> Callable[..., Any]:
     if ":" not in reward and reward not in BUILT_IN:
         raise ValueError(f"no built-in reward {reward!r}: there are {', '.join(BUILT_IN)}; your own is `module:function`")
     try:
-        function = resolve_name(BUILT_IN.get(reward, reward))
+        function = resolve_name(BUILT_IN[reward].path if reward in BUILT_IN else reward)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"reward {reward!r} cannot be imported from the current folder or environment: {error}") from error
-    if inspect.iscoroutinefunction(function):
-        raise ValueError(
-            f"reward {reward!r} is asynchronous; rewards are called one after the other: make it a plain function"
-        )
     if not callable(function):
         raise ValueError(f"reward {reward!r} is a {type(function).__name__}, not a function or class")
     return function
 
 
-def _bind(reward: str, function: Callable[..., Any], args: Mapping[str, Any]) -> Callable[..., Any]:
+def _called(found: Callable[..., Any]) -> Callable[..., Any]:
+    """What is called: of a class the instances' `__call__`."""
+    if inspect.isclass(found) or not (inspect.isroutine(found) or isinstance(found, partial)):
+        return found.__call__
+    return found
+
+
+def _parameters(reward: str, found: Callable[..., Any], args: Mapping[str, Any]) -> dict[str, inspect.Parameter]:
+    """Arguments still open, by name. Raises ValueError for args that do not fit, and for what is not called by keyword."""
+    is_class = inspect.isclass(found)
     try:
-        if inspect.isclass(function):
-            return function(**args)
-        inspect.signature(function).bind_partial(**args)
-        return partial(function, **args) if args else function
-    except TypeError as error:
+        signature = inspect.signature(found)
+        signature.bind(**args) if is_class else signature.bind_partial(**args)
+        if is_class:
+            signature = inspect.signature(found.__call__)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"reward {reward!r} does not take args {dict(args)}: {error}") from error
-
-
-def _parameters(reward: str, function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Arguments still open, by name. Raises ValueError for functions that cannot be called by keyword."""
-    bound = function.keywords if isinstance(function, partial) else {}
-    parameters = {n: p for n, p in inspect.signature(function).parameters.items() if n not in bound}
+    parameters = dict(list(signature.parameters.items())[is_class:])  # without `self`
+    parameters = {n: p for n, p in parameters.items() if is_class or n not in args}
     if any(p.kind is p.POSITIONAL_ONLY for p in parameters.values()):
         raise ValueError(f"reward {reward!r} has positional-only arguments; rewards are called by keyword")
     return {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 
-class SampleReward:
-    """A function of one sample; an exception costs that sample its value, not the others."""
-
-    def __init__(self, function: Callable[..., Any], wanted: Sequence[str]):
-        self._function = function
-        self._wanted = wanted
-
-    def __call__(self, groups: Sequence[SampleGroup]) -> list[Value | Exception]:
-        values: list[Value | Exception] = []
-        for group in groups:
-            available = {**group.prompt.columns, "prompt": group.prompt.text}
-            if "group" in self._wanted:
-                available["group"] = [sample.text for sample in group.samples]
-            for sample in group.samples:
-                available["text"], available["token_ids"] = sample.text, sample.token_ids
-                try:
-                    values.append(self._function(**{name: available[name] for name in self._wanted}))
-                except Exception as error:  # a reward is other people's code: the boundary is here
-                    values.append(error)
-        return values
-
-
-class TrlReward:
-    """A function in TRL's form; what goes wrong costs all samples their value."""
-
-    def __init__(self, function: Callable[..., Any]):
-        self._function = function
-
-    def __call__(self, groups: Sequence[SampleGroup]) -> list[Value | Exception]:
-        rows = [(group.prompt, sample) for group in groups for sample in group.samples]
-        columns = {name: [p.columns[name] for p, _ in rows] for name in rows[0][0].columns if name not in TRL_ARGUMENTS}
-        try:
-            values = self._function(
-                prompts=[p.text for p, _ in rows],
-                completions=[s.text for _, s in rows],
-                completion_ids=[list(s.token_ids) for _, s in rows],
-                **columns,
+def _wanted(reward: str, parameters: Mapping[str, inspect.Parameter], columns: Sequence[str]) -> tuple[str, ...]:
+    """The arguments that a sample and its data row provide. Raises ValueError when one has no source."""
+    known = {*OF_A_SAMPLE, *columns}
+    for name, parameter in parameters.items():
+        if name not in known and parameter.default is parameter.empty:
+            raise ValueError(
+                f"reward {reward!r} wants an argument {name!r}, which is neither one of {', '.join(OF_A_SAMPLE)}, nor a "
+                f"field of the data ({', '.join(sorted(columns)) or 'none'}): rename it, or give it under `args`"
             )
-            values = list(values)
-            if len(values) != len(rows):
-                raise ValueError(f"returned {len(values)} values for {len(rows)} samples")
-        except Exception as error:  # as above
-            return [error] * len(rows)
-        return values
+    return tuple(name for name in parameters if name in known)
 
 
-TRL_ARGUMENTS = ("prompt", "prompts", "completions", "completion_ids")
+def _rules(reward: str, asynchronous: bool, batched: bool, asked: Mapping[str, Any]) -> CallRules:
+    """Rules for a reward. Raises ValueError for those that contradict what it is."""
+    if asynchronous and "isolation" in asked:
+        raise ValueError(f"reward {reward!r} is asynchronous and runs in an event loop: leave `isolation` out")
+    own = BUILT_IN[reward].rules if reward in BUILT_IN else {}
+    merged = {"isolation": "async"} | dict(asked) if asynchronous else {**own, **asked}
+    isolation = Isolation(merged.get("isolation", "inline"))
+    if isolation == Isolation.INLINE:
+        for name in ("concurrency", "timeout", "retries"):
+            if name in asked:
+                raise ValueError(
+                    f"reward {reward!r} runs inline, where nothing can interrupt or repeat it: `{name}` needs "
+                    "`isolation: process` (or thread)"
+                )
+    if "batch_size" in asked and not batched:
+        raise ValueError(
+            f"reward {reward!r} takes one sample at a time: `batch_size` needs one with `completions` or `groups`"
+        )
+    return CallRules(**{**asdict(DEFAULTS[isolation]), **merged, "isolation": isolation})

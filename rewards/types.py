@@ -6,6 +6,8 @@ from enum import StrEnum
 
 import numpy as np
 
+NO_VALUE = "no value"  # the reason of a cell whose reward said so itself
+
 
 class Missing(StrEnum):
     """What a value that could not be had does to the update."""

@@ -74,7 +74,7 @@ class MadeUpRun:
         self.objectives = objectives_of(config)
         self.rng = np.random.default_rng(0)
         parts = (build_scheme(config.weighting), config.estimator, config.combination)
-        self.rules = StepRules(self.objectives, *parts, group_size=8)
+        self.rules = StepRules(self.objectives, *parts, group_size=8, max_failed=0.5)
 
     def groups(self, step: int, prompts: int, size: int) -> list[SampleGroup]:
         def sample(i: int) -> Sample:

@@ -140,13 +140,17 @@ def group(*texts: str, **columns) -> SampleGroup:
     return SampleGroup(Prompt("p", "ask", (1, 2), columns), samples)
 
 
+def scored(component, groups: list[SampleGroup]) -> list:
+    return list(component.start(groups, range(sum(len(group.samples) for group in groups)))().values)
+
+
 def test_a_reward_gets_what_it_names():
     import tests.test_rewards as here
 
     here.seen = []
 
-    component = load_component("tests.test_rewards:nosy", {"extra": 5}, ["answer"])
-    assert component([group("ab", "c", answer=3)]) == [1.0, 1.0]
+    component = load_component("tests.test_rewards:nosy", {"extra": 5}, ["answer"], {})
+    assert scored(component, [group("ab", "c", answer=3)]) == [1.0, 1.0]
     assert here.seen == [
         ("ab", "ask", (1, 1), ["ab", "c"], 3, 5, "default"),
         ("c", "ask", (1,), ["ab", "c"], 3, 5, "default"),
@@ -184,19 +188,19 @@ def misbehaving(text: str):
 
 
 def test_a_trl_reward_works_as_it_is():
-    component = load_component("tests.test_rewards:in_trl_form", {}, ["answer"])
-    assert component([group("ab", "c", answer=2), group("d", answer=1)]) == [1.0, 0.0, 1.0]
+    component = load_component("tests.test_rewards:in_trl_form", {}, ["answer"], {})
+    assert scored(component, [group("ab", "c", answer=2), group("d", answer=1)]) == [1.0, 0.0, 1.0]
 
 
 def test_a_class_is_made_with_its_args():
-    component = load_component("tests.test_rewards:Threshold", {"least": 2}, [])
-    assert component([group("ab", "c")]) == [1.0, 0.0]
+    component = load_component("tests.test_rewards:Threshold", {"least": 2}, [], {})
+    assert scored(component, [group("ab", "c")]) == [1.0, 0.0]
 
 
 def test_every_built_in_reward_can_be_loaded():
     args = {"brevity": {"max_tokens": 5}}
     for name in BUILT_IN:
-        load_component(name, args.get(name, {}), ["answer", "expression"])
+        load_component(name, args.get(name, {}), ["answer", "expression"], {}).close()
 
 
 @pytest.mark.parametrize(
@@ -207,14 +211,13 @@ def test_every_built_in_reward_can_be_loaded():
         ("tests.test_rewards:nothing", {}, "cannot be imported"),
         ("tests.test_rewards:seen", {}, "is a list, not a function"),
         ("tests.test_rewards:Threshold", {"most": 2}, "does not take args"),
-        ("tests.test_rewards:asynchronous", {}, "is asynchronous"),
         ("brevity", {"max_token": 2}, "does not take args"),
         ("tests.test_rewards:nosy", {}, r"wants an argument 'extra'.*field of the data \(answer\)"),
     ],
 )
 def test_rewards_that_cannot_be_called_are_refused(reward, args, message):
     with pytest.raises(ValueError, match=message):
-        load_component(reward, args, ["answer"])
+        load_component(reward, args, ["answer"], {})
 
 
 # --- the bus ----------------------------------------------------------------------------------------------------------
@@ -222,7 +225,7 @@ def test_rewards_that_cannot_be_called_are_refused(reward, args, message):
 
 def bus(reward: str, bounds=(0.0, 1.0)) -> RewardBus:
     objective = Objective("o", True, bounds, Missing.FAIL)
-    return RewardBus({"o": load_component(reward, {}, [])}, [objective])
+    return RewardBus({"o": load_component(reward, {}, [], {})}, [objective])
 
 
 def test_unusable_values_are_missing_with_a_reason_never_zero():
@@ -261,10 +264,6 @@ def returns_a_number(completions, **kwargs):
     return 1.0
 
 
-async def asynchronous(text):
-    return 1.0
-
-
 def test_a_number_beyond_floats_is_missing():
     matrix = bus("tests.test_rewards:astronomical").score([group("a")])
     assert matrix.missing_NK.all()
@@ -293,7 +292,7 @@ def test_one_sample_that_fails_costs_only_its_own_value():
 
 def test_values_are_scaled_by_bounds_and_turned():
     objectives = [Objective("a", True, (0.0, 4.0), Missing.FAIL), Objective("b", False, (0.0, 4.0), Missing.FAIL)]
-    length = load_component("tests.test_rewards:length", {}, [])
+    length = load_component("tests.test_rewards:length", {}, [], {})
     matrix = RewardBus({"a": length, "b": length}, objectives).score([group("abc")])
     assert matrix.values_NK.tolist() == [[0.75, 0.25]]
 

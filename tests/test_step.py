@@ -25,6 +25,7 @@ def rules(objectives, estimator=None, weights=(0.5, 0.5), group_size=2, scheme=N
         estimator or RlooEstimator(type="rloo"),
         SumThenNormalize(type="sum_then_normalize"),
         group_size,
+        max_failed=0.5,
     )
 
 

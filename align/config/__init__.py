@@ -5,7 +5,7 @@ from align.config.base import Section
 from align.config.rollout_rules import describe_sampling
 from align.config.rules import describe
 from align.config.run import Config
-from align.config.sections import AnySource
+from align.config.sections import AnySource, ObjectiveConfig, ScoringConfig, Served
 from align.config.weighting import Signal, WeightingConfig
 
 __all__ = [
@@ -13,7 +13,10 @@ __all__ = [
     "CombinationConfig",
     "Config",
     "EstimatorConfig",
+    "ObjectiveConfig",
+    "ScoringConfig",
     "Section",
+    "Served",
     "Signal",
     "WeightingConfig",
     "describe",

@@ -41,9 +41,9 @@ class Config(Keys):
         return hashlib.sha256(text.encode()).hexdigest()
 
     def settled(self, exclude_defaults: bool = False) -> dict[str, Any]:
-        """What is settled when a run starts; its length, what missing values do, and vLLM servers may change."""
-        data = self.model_dump(mode="json", exclude={"output", "steps"}, exclude_defaults=exclude_defaults)
-        data["objectives"] = {name: o | {"missing": None} for name, o in data["objectives"].items()}
+        """What is settled when a run starts; its length, calls of rewards, missing values, and vLLM servers may change."""
+        data = self.model_dump(mode="json", exclude={"output", "steps", "scoring"}, exclude_defaults=exclude_defaults)
+        data["objectives"] = {name: o | {"missing": None, "calls": None} for name, o in data["objectives"].items()}
         if self.rollout.engine.type == "vllm":  # where servers run, and how many, is no part of what is learned
             data["rollout"]["engine"] = {"type": "vllm"}
         return data

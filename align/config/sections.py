@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, FiniteFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from align.config.advantages import CombinationConfig, EstimatorConfig, GrpoEstimator, SumThenNormalize
 from align.config.base import Name, Section
@@ -96,6 +96,22 @@ class PromptsConfig(Section):
 # --- objectives, weights, advantages ----------------------------------------------------------------------------------
 
 
+class CallsConfig(Section):
+    """How a reward is called; what is left out is as the reward needs it."""
+
+    isolation: Literal["inline", "thread", "process"] | None = None
+    """`inline`: in the learner, one call after another, and nothing can interrupt it. `thread`: beside the other rewards.
+    `process`: in processes of its own, killed when they overrun. A reward that is a coroutine function has no choice."""
+    concurrency: PositiveInt | None = None
+    """Calls at once; processes, with `isolation: process`. By default 2 processes, 8 threads, 64 of a coroutine."""
+    batch_size: PositiveInt | None = None
+    """Samples per call of a reward with `completions`; by default all."""
+    timeout: PositiveFloat | None = None
+    """Seconds for a call, after which its values are missing. By default 30 in a process, else 60."""
+    retries: NonNegativeInt | None = None
+    """Times that a failed call is made again, each time after a longer wait. By default 2 of a coroutine, else 0."""
+
+
 class ObjectiveConfig(Section):
     """One named objective: what scores it, and how its values are to be read."""
 
@@ -104,6 +120,7 @@ class ObjectiveConfig(Section):
     args: dict[str, Any] = {}
     """Keyword arguments bound to the reward (or passed to the class)."""
     direction: Literal["maximize", "minimize"] = "maximize"
+    calls: CallsConfig = CallsConfig()
     bounds: tuple[FiniteFloat, FiniteFloat] = (0.0, 1.0)
     """Smallest and largest possible value. Values are scaled to [0, 1] by them; one outside is an error, not clipped."""
     missing: Literal["fail", "drop_sample", "drop_group", "neutral"] = "fail"
@@ -115,6 +132,23 @@ class ObjectiveConfig(Section):
         if self.bounds[0] >= self.bounds[1]:
             raise ValueError(f"bounds {list(self.bounds)} are not in order: give [smallest, largest]")
         return self
+
+
+class Served(Section):
+    """What a server of rewards needs of a file."""
+
+    objectives: dict[Name, ObjectiveConfig] = Field(min_length=1)
+
+
+class ScoringConfig(Section):
+    """When a reward fails too often to go on: training pauses with a checkpoint, tries again, and stops in the end."""
+
+    max_failed: float = Field(0.5, ge=0, le=1)
+    """Largest share of a batch's values that may fail; none where `missing` is `fail`."""
+    pauses: NonNegativeInt = 20
+    """Times to wait for a reward whose calls are made again (`calls.retries`); the others are not waited for."""
+    pause: PositiveFloat = 30.0
+    """Seconds of each wait."""
 
 
 # --- learner, evaluation, checkpoints ---------------------------------------------------------------------------------
@@ -171,6 +205,7 @@ class Keys(Section):
     """Where the weights meet the rewards. Left out, it is the one that the weights of the scheme are made for:
     estimate_then_sum under `lagrangian`, `gradient` and `mgda`, normalize_then_sum under `saturation`, else
     sum_then_normalize."""
+    scoring: ScoringConfig = ScoringConfig()
     learner: LearnerConfig = LearnerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()

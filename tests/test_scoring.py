@@ -1,0 +1,122 @@
+"""The circuit breaker: training waits for a reward that fails, with a checkpoint, and loses nothing."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from align.missing import MissingRewardError, failing, refuse_missing
+from rewards.types import Missing, Objective, RewardMatrix
+from tests.conftest import FIXED, overrides, read_lines
+
+JUDGE = """
+import os, pathlib
+import rewards.text
+here = pathlib.Path(__file__).parent
+attempts = 0
+
+async def judge(token_ids):
+    global attempts
+    attempts += 1
+    first, last = json.loads((here / "down").read_text())  # attempts that find nobody
+    if first <= attempts <= last and os.environ.get("RANK", "0") == (here / "rank").read_text():
+        raise ConnectionError("nobody is there")
+    return rewards.text.brevity(token_ids, 32)
+""".replace("import os", "import json, os")
+BATCH = 16  # samples
+SETTINGS = (
+    "--objectives.brevity.reward=my_rewards:judge",
+    "--objectives.brevity.args={}",
+    "--objectives.brevity.calls={retries: 1, concurrency: 1}",
+    "--scoring={pause: 0.1, pauses: 2}",
+    "--evaluation.every=0",
+    "--checkpoint.every=100",
+)
+
+
+def matrix(policy: Missing, *reasons: str) -> RewardMatrix:
+    """One objective, a sample per reason; those with an empty one have a value."""
+    raw_NK = np.array([[np.nan if reason else 0.5] for reason in reasons])
+    errors = {(n, 0): reason for n, reason in enumerate(reasons) if reason}
+    return RewardMatrix([Objective("o", True, (0.0, 1.0), policy)], raw_NK, errors)
+
+
+def test_more_than_the_limit_fails():
+    half = matrix(Missing.NEUTRAL, "late", "", "late", "")
+    assert failing(half, 0.5) == {}
+    assert failing(half, 0.49) == {"o": "objective 'o' failed on 2 of 4 samples; the first: late"}
+
+
+def test_what_must_not_be_missing_may_not_fail_at_all():
+    assert failing(matrix(Missing.FAIL, "", "", "late", ""), 1.0).keys() == {"o"}
+
+
+def test_who_says_that_there_is_no_value_has_not_failed():
+    assert failing(matrix(Missing.FAIL, "no value", "no value"), 0.0) == {}
+
+
+def test_a_process_without_samples_has_no_failures():
+    assert failing(matrix(Missing.FAIL), 0.0) == {}
+
+
+def test_nothing_is_trained_on_what_is_left():
+    with pytest.raises(MissingRewardError, match=r"2 of 3 samples; the first: late.*scoring\.max_failed \(now 0\.5\)"):
+        refuse_missing(matrix(Missing.DROP_SAMPLE, "late", "late", ""), 0.5)
+    refuse_missing(matrix(Missing.DROP_SAMPLE, "late", "", ""), 0.5)
+
+
+@pytest.fixture
+def train(tmp_path: Path, launch):
+    """Trains with a judge that is down for some of its attempts."""
+
+    def run(name: str, down: tuple[int, int], *arguments: str, rank: str = "0", processes: int = 1):
+        (tmp_path / "my_rewards.py").write_text(JUDGE, encoding="utf-8")
+        (tmp_path / "down").write_text(json.dumps(down), encoding="utf-8")
+        (tmp_path / "rank").write_text(rank, encoding="utf-8")
+        arguments = arguments or overrides(tmp_path / name, FIXED, *SETTINGS)
+        return launch("align.train", *arguments, processes=processes, cwd=tmp_path)
+
+    return run
+
+
+def learned(folder: Path) -> list[dict]:
+    timings = ("time/", "step_time")
+    return [
+        {k: v for k, v in row.items() if not k.startswith(timings) and k != "date"}
+        for row in read_lines(folder / "metrics.jsonl")
+    ]
+
+
+def test_a_run_waits_for_a_judge_that_is_away_and_learns_the_same(train, tmp_path):
+    """Attempts 1 to 32 are those of two batches. From the 37th on 12 samples find nobody, twice each; then it is back."""
+    undisturbed = train("undisturbed", (0, 0))
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    away = train("away", (37, 60))
+    assert away.returncode == 0, away.stderr
+    assert "paused: objective 'brevity' failed on 12 of 16 samples; the first: ConnectionError: nobody" in away.stdout
+    assert "for the 1. of 2 times" in away.stdout
+    assert (tmp_path / "away" / "checkpoints" / "checkpoint-2").is_dir()
+    assert learned(tmp_path / "away") == learned(tmp_path / "undisturbed")
+
+
+def test_a_run_whose_judge_stays_away_stops_and_can_go_on(train, tmp_path):
+    assert train("undisturbed", (0, 0)).returncode == 0
+    away = train("away", (37, 10**6))
+    assert away.returncode == 2
+    assert "for the 2. of 2 times" in away.stdout
+    assert "objective 'brevity'" in away.stderr
+    assert "Nothing is lost" in away.stderr
+    back = train("away", (0, 0), "--resume", str(tmp_path / "away"))
+    assert back.returncode == 0, back.stderr
+    assert learned(tmp_path / "away") == learned(tmp_path / "undisturbed")
+
+
+def test_processes_wait_together_for_the_judge_of_one(train, tmp_path):
+    """Each scores 8 samples of a batch; the third batch begins with attempt 17."""
+    away = train("away", (17, 20), rank="1", processes=2)
+    assert away.returncode == 0, away.stderr
+    assert "failed on 2 of 16 samples" in away.stdout
+    undisturbed = train("undisturbed", (0, 0), processes=2)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    assert learned(tmp_path / "away") == learned(tmp_path / "undisturbed")
