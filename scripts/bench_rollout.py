@@ -5,8 +5,9 @@
 What is compared takes turns within one run, so that other work on the machine meets both; ratios are taken round by round.
 
 throughput  One server through `VllmSampler`, against vLLM's offline class in a process of its own: the same requests, seeds,
-            threads, cache and options; both make texts and log-probabilities. Beside them transformers generation. `even`:
-            nothing stops a sample before `--tokens`. `uneven`: some tokens do, four times as many tokens at the latest.
+            threads, cache and options; both make texts and log-probabilities. Beside them, in the first round, transformers'
+            generation. `even`: nothing stops a sample before `--tokens`. `uneven`: some tokens do, four times as many
+            tokens at the latest.
 balance     Two servers, uneven prompts and completions: wall time against that of the same requests dealt out by hindsight
             (longest first, by true numbers of tokens), and against the mean time that a server had something to do.
             `at_once`: all samples are in flight from the start, as by default. `queued`: an eighth of them per server.
