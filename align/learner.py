@@ -151,8 +151,7 @@ class Learner(PolicyAccess, GRPOTrainer):
         start = time.perf_counter()
         self._scored, self._gathered = self._score(self._groups, self._save_before_the_batch)
         self._metrics["train"]["time/scoring"].append(time.perf_counter() - start)
-        for name, scores in self.parts.bus.latest.items():
-            self._metrics["train"][f"time/reward/{name}"].append(scores.seconds)
+        self._add_metrics(self.parts.bus.timings())
         return torch.tensor(self._gathered.raw_NK, dtype=torch.float32, device=self.accelerator.device)
 
     def _score(self, groups: Sequence[SampleGroup], pause: Callable[[], None]) -> tuple[RewardMatrix, RewardMatrix]:

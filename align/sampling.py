@@ -44,6 +44,7 @@ def evaluation_params(config: Config, place: Place) -> SamplingParams:
         samples_per_prompt=config.evaluation.samples_per_prompt,
         max_tokens=config.rollout.max_tokens,
         temperature=config.evaluation.temperature,
+        log_probs=config.rollout.correction.type != "none",
         first=place.process,
         stride=place.processes,
         seed=_seed(config.seed, _EVALUATION, *_of_process(config, place)),

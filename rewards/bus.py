@@ -66,6 +66,15 @@ class RewardBus:
                 errors |= {(n, k): reason for n, reason in zip(some, reasons, strict=True) if reason}
         return RewardMatrix(self._objectives, raw_NK, errors)
 
+    def timings(self) -> dict[str, float]:
+        """Seconds of the latest scoring by objective: in all, and the median and the 95th percentile of its calls."""
+        found = {}
+        for name, scores in self.latest.items():
+            found[f"time/reward/{name}"] = scores.seconds
+            for label, share in (("median", 0.5), ("p95", 0.95)):
+                found[f"time/call/{name}/{label}"] = float(np.quantile(scores.latencies, share)) if scores.latencies else 0.0
+        return found
+
     def close(self) -> None:
         """End the processes and connections of the components."""
         for component in self._components.values():

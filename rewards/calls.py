@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 from rollout.types import FinishReason, SampleGroup
 
 Value = float | None
-OF_A_SAMPLE = ("text", "prompt", "token_ids", "group", "truncated")
+OF_A_SAMPLE = ("text", "prompt", "token_ids", "log_probs", "group", "truncated")
 TRL_ARGUMENTS = ("prompt", "prompts", "completions", "completion_ids")
 
 
@@ -87,6 +87,7 @@ class PerSample:
                 n += 1
                 if n in rows:
                     available["text"], available["token_ids"] = sample.text, sample.token_ids
+                    available["log_probs"] = sample.log_probs
                     available["truncated"] = sample.finish_reason == FinishReason.LENGTH
                     yield Call({name: available[name] for name in wanted}, (n,))
 

@@ -2,7 +2,8 @@
 
 A reward is a function (or a class whose instances are called) of one sample, and names the arguments it wants:
 
-* `text`: the completion; `prompt`: the text that the policy read; `token_ids`: the completion's tokens;
+* `text`: the completion; `prompt`: the text that the policy read; `token_ids`: the completion's tokens; `log_probs`: their
+  log-probabilities (nats) under the policy that drew them, empty unless `rollout.correction` has them recorded;
   `group`: the texts of all samples of the same prompt; `truncated`: whether the token limit ended it;
 * any field of the data row, by its name;
 * anything given as `args` in the configuration.

@@ -134,3 +134,8 @@ def slow_of_groups(groups):
     """The same, after a while."""
     time.sleep(0.3)
     return of_groups(groups)
+
+
+def how_drawn(log_probs, truncated):
+    """Tenths of minus the log-probability, and a half where the limit ended the sample."""
+    return -sum(log_probs) / 10 + truncated / 2

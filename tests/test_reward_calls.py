@@ -65,12 +65,12 @@ def test_no_more_calls_at_once_than_allowed(make_bus, reward, rules):
 
 
 def test_rewards_that_wait_do_so_at_the_same_time(make_bus):
-    """Each waits for 8 * 0.2 / 4 = 0.4 s."""
+    """Each waits for 8 * 0.5 / 4 = 1 s."""
     bus = make_bus(sleeps=THREADS | {"concurrency": 4}, awaits={"concurrency": 4})
     start = time.perf_counter()
-    bus.score([group(*["0.2"] * 8)])
-    assert 0.4 <= time.perf_counter() - start < 0.75
-    assert all(0.4 <= scores.seconds < 0.75 for scores in bus.latest.values())
+    bus.score([group(*["0.5"] * 8)])
+    assert 1.0 <= time.perf_counter() - start < 1.8
+    assert all(1.0 <= scores.seconds < 1.8 for scores in bus.latest.values())
     assert len(bus.latest["awaits"].latencies) == 8
 
 
@@ -237,3 +237,19 @@ def test_a_program_that_does_not_close_its_bus_ends_nevertheless(tmp_path: Path)
     script.write_text(RUN, encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, str(script), "end"], env=environment, check=True, timeout=60)
+
+
+def test_a_reward_sees_how_its_sample_was_drawn(make_bus):
+    """-log p of two tokens, .25 + .5, tenths."""
+    samples = (Sample((1, 2), (-0.25, -0.5), FinishReason.LENGTH, 0, "a"), Sample((1,), (), FinishReason.STOP, 0, "b"))
+    matrix = make_bus(how_drawn={}).score([SampleGroup(Prompt("p", "ask", (1,), {}), samples)])
+    assert matrix.raw_NK[:, 0].tolist() == pytest.approx([0.075 + 0.5, 0.0])
+
+
+def test_timings_are_those_of_calls(make_bus):
+    bus = make_bus(sleeps=THREADS | {"concurrency": 2}, lengths={})
+    bus.score([group(*["0.1"] * 4)])
+    timings = bus.timings()
+    assert timings["time/reward/sleeps"] >= 0.2
+    assert 0.1 <= timings["time/call/sleeps/median"] <= timings["time/call/sleeps/p95"] <= timings["time/reward/sleeps"]
+    assert timings["time/reward/lengths"] < 0.1

@@ -198,7 +198,10 @@ def test_a_class_is_made_with_its_args():
 
 
 def test_every_built_in_reward_can_be_loaded():
-    args = {"brevity": {"max_tokens": 5}}
+    args = {
+        "brevity": {"max_tokens": 5},
+        "remote": {"url": "http://localhost:1", "objective": "o", "key_variable": ""},
+    }
     for name in BUILT_IN:
         load_component(name, args.get(name, {}), ["answer", "expression"], {}).close()
 
