@@ -23,6 +23,7 @@ class RunState:
         fingerprint: Of the configuration, see `Config.fingerprint`.
         weighting: State of the weighting scheme, as JSON.
         gram: Inner products of the objectives' gradients (K, K) that wait for the next batch; empty when there are none.
+        watch: What the watch for reward hacking remembers, as JSON.
     """
 
     step: int
@@ -31,6 +32,7 @@ class RunState:
     fingerprint: str
     weighting: dict[str, Any]
     gram: list[list[float]] = field(default_factory=list)
+    watch: dict[str, Any] = field(default_factory=dict)
 
 
 def checkpoint_name(step: int) -> str:

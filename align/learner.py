@@ -17,7 +17,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")  # rollout_func is marked
 
 import numpy as np
 import torch
-from accelerate.utils import gather, reduce
+from accelerate.utils import gather_object, reduce
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
@@ -34,6 +34,7 @@ from align.archive import ParetoPoint
 from align.checkpoint import STATE_FILE, RunState, checkpoint_name, prune, read_state, write_state
 from align.correction import correction_metrics, correction_sums
 from align.evaluate import evaluate, summarize
+from align.hacking import HackingWatch, Memory
 from align.learner_args import peft_config
 from align.missing import MissingRewardError, unmeasured
 from align.parts import Parts
@@ -43,6 +44,7 @@ from align.rollouts import Rollouts
 from align.sampling import Place, evaluation_params
 from align.scoring import score_together
 from align.step import advantages_alone, take_step
+from align.together import check_agreement
 from align.weighting import Signal, WeightState
 from align.weights import base_of
 from rewards.types import RewardMatrix
@@ -96,6 +98,7 @@ class Learner(PolicyAccess, GRPOTrainer):
         )
         if Signal.GRAM in parts.rules.scheme.needs:
             self._probe = build_probe(parts.config, self.model, parts.plan.micro_batch_size, self.aux_loss_enabled)
+        self._watch = HackingWatch()
         self._told: set[str] = set()
         self._tokens_before = 0  # tokens seen before the batch being sampled
         self._prompt_indices: list[int] = []  # of the batch being sampled, one per sample of this process
@@ -116,9 +119,11 @@ class Learner(PolicyAccess, GRPOTrainer):
         except MissingRewardError:
             self.state.num_input_tokens_seen = self._tokens_before  # the batch will be sampled again
             raise
+        watched = self._watch_batch(step + 1, result.state)
         self._tell(result.state)
         self.weight_state = result.state
-        self._check_agreement(step)
+        if step % AGREEMENT_EVERY == 0:
+            check_agreement(step, result.state.digest())
         if Signal.GRAM in self.parts.rules.scheme.needs:
             self._probe.waiting_KK = NO_GRAM  # it has had its effect
             if self._probe.ordinary and self.parts.rules.scheme.due(result.state, step + self.parts.plan.steps_per_batch):
@@ -126,7 +131,7 @@ class Learner(PolicyAccess, GRPOTrainer):
         local = slice(len(inputs) * self.accelerator.process_index, len(inputs) * (self.accelerator.process_index + 1))
         advantages_N = result.advantages_PG.reshape(-1)[local]
         self.parts.files.samples.write(step + 1, self._groups, self._scored, result.state.weights_K, advantages_N)
-        self._log_batch(result.metrics)
+        self._log_batch({**result.metrics, **watched})
         if self.use_vllm:
             options = self.parts.config.rollout.correction
             sums = correction_sums(output["importance_sampling_ratio"], output["completion_mask"], options)
@@ -272,6 +277,7 @@ class Learner(PolicyAccess, GRPOTrainer):
                     config.fingerprint(),
                     self.weight_state.to_json(),
                     self._probe.waiting_KK.tolist() if Signal.GRAM in self.parts.rules.scheme.needs else [],
+                    self._watch.memory.to_json(),
                 ),
             )
             front = {point.step for point in self.parts.archive.front()} if config.checkpoint.keep_front else set()
@@ -286,6 +292,7 @@ class Learner(PolicyAccess, GRPOTrainer):
             state = read_state(Path(checkpoint))
             self._step = state.micro_step
             self.weight_state = WeightState.from_json(state.weighting)
+            self._watch = HackingWatch(Memory.from_json(state.watch))
             if state.gram:
                 self._probe.waiting_KK = np.array(state.gram)
             if self._is_mid_batch(self._step):
@@ -333,6 +340,14 @@ class Learner(PolicyAccess, GRPOTrainer):
                 signals[Signal.GRAM] = self._probe.waiting_KK
         return signals
 
+    def _watch_batch(self, step: int, state: WeightState) -> Mapping[str, float]:
+        """Figures of the batch that tell of reward hacking; prints what is alarming."""
+        lengths = gather_object([len(sample.token_ids) for group in self._groups for sample in group.samples])
+        figures, alarms = self._watch.update(step, self._gathered, np.array(lengths), state.weights_K)
+        for line in alarms if self.accelerator.is_main_process else ():
+            tqdm.write(f"step {step:>5}  watch: {line}")
+        return figures
+
     def _tell(self, state: WeightState) -> None:
         """Print, once each, what the scheme says and which objectives nobody could measure."""
         news = {line: f"weighting: {line}" for line in state.remarks if line not in self.weight_state.remarks}
@@ -340,16 +355,6 @@ class Learner(PolicyAccess, GRPOTrainer):
         self._told.update(news)
         for line in news.values() if self.accelerator.is_main_process else ():
             tqdm.write(f"step {self.state.global_step:>5}  {line}")
-
-    def _check_agreement(self, step: int) -> None:
-        """Stop when processes have reached different weights: from then on they would train different policies."""
-        if self.accelerator.num_processes > 1 and step % AGREEMENT_EVERY == 0:
-            digests = gather(torch.tensor([self.weight_state.digest()], device=self.accelerator.device)).tolist()
-            if len(set(digests)) > 1:
-                raise RuntimeError(
-                    f"step {step}: the learner processes hold different weights (digests {digests}); a weighting scheme "
-                    "must be a pure function of its state and observation"
-                )
 
     def _log_batch(self, metrics: Mapping[str, float]) -> None:
         """Put our metrics of a batch where TRL logs from, in the place of its own on rewards."""

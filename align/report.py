@@ -20,6 +20,8 @@ from align.build import objectives_of
 from align.config import Config
 from align.load import load_config
 from align.report_figures import Row, draw_front, figures_of, front_axes
+from align.report_hacking import Watched, hacking_figures, hacking_table, held_out_falls, replay
+from align.report_rewards import RewardFacts, reward_facts, seconds, spread
 from rewards.types import Objective
 
 MAX_SAMPLES = 3000  # embedded of each kind, training and held-out
@@ -59,6 +61,8 @@ class RunData:
     archive: Archive
     training: Samples
     held_out: Samples
+    watched: Watched
+    rewards: Sequence[RewardFacts]
 
     @property
     def name(self) -> str:
@@ -99,15 +103,19 @@ def _read_run(folder: Path) -> RunData:
     except ValueError as error:
         raise ValueError(f"{folder} is not a run folder; {advice}. {error}") from error
     objectives = objectives_of(config)
+    samples = sorted(folder.glob("samples/shard-*.rank*.parquet"))
+    metrics, timings = _read_lines(folder / "metrics.jsonl"), _read_lines(folder / "timings.jsonl")
     return RunData(
         folder=folder,
         config=config,
         objectives=objectives,
-        metrics=_read_lines(folder / "metrics.jsonl"),
-        timings=_read_lines(folder / "timings.jsonl"),
+        metrics=metrics,
+        timings=timings,
         archive=Archive(folder / "archive.jsonl", objectives, config.evaluation.reference),
-        training=_training_samples(sorted(folder.glob("samples/shard-*.rank*.parquet"))),
+        training=_training_samples(samples),
         held_out=_held_out_samples(sorted(folder.glob("evaluation/step-*.parquet"))),
+        watched=replay(samples, objectives),
+        rewards=reward_facts(config, metrics, timings, samples),
     )
 
 
@@ -192,8 +200,9 @@ def _render(run: RunData) -> str:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"count": lambda n: f"{n:,}", "percent": _percent}
+    environment.filters |= {"count": lambda n: f"{n:,}", "percent": _percent, "seconds": seconds, "spread": spread}
     figures = figures_of(run.objectives, run.metrics, run.archive)
+    figures |= hacking_figures(run.watched, run.metrics, run.objectives)
     axes = front_axes(run.archive, run.objectives) if run.archive.points else {}
     names = [objective.name for objective in run.objectives]
     kinds = {"training": vars(run.training), "held_out": vars(run.held_out)}
@@ -203,6 +212,8 @@ def _render(run: RunData) -> str:
         table=_table(run),
         hypervolume=_hypervolume_sentence(run),
         missing=_missing_of_training(run),
+        watch_table=hacking_table(run.watched, run.objectives),
+        falls=held_out_falls(run.archive, [o for o in run.objectives if o.name in run.watched.golds]),
         charts={key: figure["title"] for key, figure in figures.items()},
         islands={
             "figures-data": _island(figures),

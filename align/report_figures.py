@@ -48,9 +48,9 @@ def figures_of(objectives: Sequence[Objective], metrics: Sequence[Row], archive:
         sections["objectives"] = [_objective_figure(o, next(colours), metrics, archive.points) for o in objectives]
         sections["missing"] = _missing_figures(metrics, names)
         weighted = [name for name in (*names, "kl") if any(f"weights/{name}" in row for row in metrics)]
-        sections["weights"] = [_curves("weights", metrics, {name: f"weights/{name}" for name in weighted})]
+        sections["weights"] = [curves("weights", metrics, {name: f"weights/{name}" for name in weighted})]
         sections["weights"] += _scheme_figures(metrics, names)
-        sections["curves"] = [_curves(CURVES[key], metrics, {"": key}) for key in CURVES if _is_worth_drawing(metrics, key)]
+        sections["curves"] = [curves(CURVES[key], metrics, {"": key}) for key in CURVES if _is_worth_drawing(metrics, key)]
     return {f"{section}:{i}": chart for section, charts in sections.items() for i, chart in enumerate(charts)}
 
 
@@ -68,7 +68,7 @@ def _is_worth_drawing(metrics: Iterable[Row], key: str) -> bool:
     return len(set(values)) > 1 if key in ONLY_IF_IT_CHANGES else bool(values)
 
 
-def _curves(title: str, metrics: Sequence[Row], series: Mapping[str, str]) -> Chart:
+def curves(title: str, metrics: Sequence[Row], series: Mapping[str, str]) -> Chart:
     """Lines over steps, by label; one without a label stands alone."""
     data = []
     for i, (label, key) in enumerate(series.items()):
@@ -96,18 +96,18 @@ def _missing_figures(metrics: Sequence[Row], names: Sequence[str]) -> list[Chart
     """One line per objective, where any value is missing."""
     series = {name: f"objectives/{name}/missing" for name in names}
     any_missing = any(share for key in series.values() for share in _series(metrics, key)[1])
-    return [_curves("share of missing values", metrics, series)] if any_missing else []
+    return [curves("share of missing values", metrics, series)] if any_missing else []
 
 
 def _scheme_figures(metrics: Sequence[Row], names: Sequence[str]) -> list[Chart]:
     """step_scale where it is not constant 1, and the scheme's own numbers: one line, or one per objective."""
     figures = []
     if any(value != 1 for value in _series(metrics, "step_scale")[1]):
-        figures.append(_curves("step scale (multiplies the advantages)", metrics, {"": "step_scale"}))
+        figures.append(curves("step scale (multiplies the advantages)", metrics, {"": "step_scale"}))
     keys = dict.fromkeys(key for row in metrics for key in row if key.startswith("weighting/"))
     for quantity in dict.fromkeys(key.split("/")[1] for key in keys):
         per_objective = {name: f"weighting/{quantity}/{name}" for name in names if f"weighting/{quantity}/{name}" in keys}
-        figures.append(_curves(f"{quantity} (of the scheme)", metrics, per_objective or {"": f"weighting/{quantity}"}))
+        figures.append(curves(f"{quantity} (of the scheme)", metrics, per_objective or {"": f"weighting/{quantity}"}))
     return figures
 
 

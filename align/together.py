@@ -11,6 +11,16 @@ from rollout.sampler import RolloutError
 Result = TypeVar("Result")
 
 
+def check_agreement(step: int, digest: int) -> None:
+    """Stop when processes have reached different weights: from then on they would train different policies."""
+    digests = gather_object([digest])
+    if len(set(digests)) > 1:
+        raise RuntimeError(
+            f"step {step}: the learner processes hold different weights (digests {digests}); a weighting scheme must be a "
+            "pure function of its state and observation"
+        )
+
+
 def together(act: Callable[[], Result]) -> Result:
     """Do something in every process, and let all fail when one does, so that none waits for it.
 
