@@ -31,10 +31,12 @@ def score_together(
         decided here.
     """
     local = bus.score(groups)
-    gathered = stack(gather_object([local]))
-    for attempt in range(config.pauses):
+    for attempt in range(config.pauses + 1):
+        everywhere = gather_object([(local, bus.may_recover())])
+        gathered = stack([matrix for matrix, _ in everywhere])
         sentences = failing(gathered, config.max_failed)
-        if not sentences or not all(bus.may_recover(name) for name in sentences):
+        passing = set().union(*(names for _, names in everywhere))
+        if not sentences or not passing.issuperset(sentences) or attempt == config.pauses:
             break
         if attempt == 0:
             pause()
@@ -43,5 +45,4 @@ def score_together(
             print(f"paused: {'; '.join(sentences.values())}; {again}", flush=True)
         time.sleep(config.pause)
         local = bus.score_again(groups, local, list(sentences))
-        gathered = stack(gather_object([local]))
     return local, gathered

@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import numpy as np
 
-from rewards.execution import Component, Scores
+from rewards.execution import Component, Permanent, Scores
 from rewards.types import NO_VALUE, Objective, RewardMatrix
 from rollout.types import SampleGroup
 
@@ -47,9 +47,14 @@ class RewardBus:
         }
         return self._fill(matrix, groups, failed)
 
-    def may_recover(self, name: str) -> bool:
-        """Whether what a component fails to do now it may do later: where its calls are made again anyway."""
-        return self._components[name].retries > 0
+    def may_recover(self) -> set[str]:
+        """Objectives whose latest failures may pass: their calls are made again anyway, and not all failed for good."""
+        return {
+            name
+            for name, scores in self.latest.items()
+            if self._components[name].retries
+            and any(isinstance(value, Exception) and not isinstance(value, Permanent) for value in scores.values)
+        }
 
     def _fill(
         self, matrix: RewardMatrix, groups: Sequence[SampleGroup], rows: Mapping[str, Collection[int]]

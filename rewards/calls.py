@@ -89,7 +89,7 @@ class PerSample:
                     available["text"], available["token_ids"] = sample.text, sample.token_ids
                     available["log_probs"] = sample.log_probs
                     available["truncated"] = sample.finish_reason == FinishReason.LENGTH
-                    yield Call({name: available[name] for name in wanted}, (n,))
+                    yield Call({name: available[name] for name in wanted if name in available}, (n,))
 
     def values(self, call: Call, answer: Any) -> Sequence[Any]:
         """See `Form`."""

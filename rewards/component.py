@@ -46,10 +46,24 @@ BUILT_IN = {
     "arithmetic_accuracy": BuiltIn("rewards.arithmetic:arithmetic_accuracy"),
     "arithmetic_clarity": BuiltIn("rewards.arithmetic:arithmetic_clarity"),
     "brevity": BuiltIn("rewards.text:brevity"),
+    "classifier": BuiltIn("rewards.model:Classifier"),
+    "code_tests": BuiltIn("rewards.code:CodeTests", {"concurrency": 2, "timeout": 60.0, "retries": 0}),
+    "exact_match": BuiltIn("rewards.verify:exact_match"),
+    "fluency": BuiltIn("rewards.model:Fluency"),
+    "judge": BuiltIn("rewards.judge:Judge", {"concurrency": 32, "timeout": 120.0, "retries": 3}),
+    "json_schema": BuiltIn("rewards.verify:json_schema", {"isolation": "process"}),  # a schema may have patterns
+    "kl_to_reference": BuiltIn("rewards.reference:KlToReference"),
+    "length_target": BuiltIn("rewards.text:length_target"),
     "math_answer": BuiltIn("rewards.verify:math_answer", {"isolation": "process"}),  # sympy may think for ever
     "numeric_answer": BuiltIn("rewards.verify:numeric_answer"),
+    "overlong": BuiltIn("rewards.text:overlong"),
+    "pooling": BuiltIn("rewards.pooling:Pooling", {"batch_size": 16}),
+    "regex_match": BuiltIn("rewards.verify:regex_match"),
     "remote": BuiltIn("rewards.http:RemoteReward", {"batch_size": 16}),
+    "repetition": BuiltIn("rewards.text:repetition"),
+    "similarity": BuiltIn("rewards.embedding:Similarity"),
     "step_lines": BuiltIn("rewards.text:step_lines"),
+    "worked_steps": BuiltIn("rewards.steps:worked_steps"),
 }
 
 
@@ -158,7 +172,7 @@ def _rules(reward: str, asynchronous: bool, batched: bool, asked: Mapping[str, A
     if asynchronous and "isolation" in asked:
         raise ValueError(f"reward {reward!r} is asynchronous and runs in an event loop: leave `isolation` out")
     own = BUILT_IN[reward].rules if reward in BUILT_IN else {}
-    merged = {"isolation": "async"} | dict(asked) if asynchronous else {**own, **asked}
+    merged = {**own, **({"isolation": "async"} if asynchronous else {}), **asked}
     isolation = Isolation(merged.get("isolation", "inline"))
     if isolation == Isolation.INLINE:
         for name in ("concurrency", "timeout", "retries"):

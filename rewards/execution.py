@@ -21,7 +21,20 @@ from rollout.types import SampleGroup
 
 BACKOFF = (0.5, 30.0)  # seconds before a call is made again: the first wait, doubled each time, and the longest
 ABANDONED = 64  # threads that may go on in vain before no more are started
+PATIENCE = 60.0  # seconds that a service may ask for before it is called again
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+
+
+class Permanent(Exception):
+    """Raised by a reward whose call would fail again: it is not repeated."""
+
+
+class Later(Exception):
+    """Raised by a reward whose call is to be repeated, but not before some seconds have gone by."""
+
+    def __init__(self, message: str, seconds: float = 0.0):  # a default, for else it could not leave a worker process
+        super().__init__(message)
+        self.seconds = seconds
 
 
 @dataclass(frozen=True)
@@ -135,16 +148,22 @@ class Concurrent:
             return values, time.perf_counter() - start
 
     async def _attempts(self, call: Call) -> Sequence[Value | Exception]:
-        wait, longest = BACKOFF
+        (wait, longest), asked = BACKOFF, 0.0
         for attempt in range(self._rules.retries + 1):
             if attempt:
-                await asyncio.sleep(min(longest, wait * 2 ** (attempt - 1)))
+                await asyncio.sleep(max(min(longest, wait * 2 ** (attempt - 1)), min(asked, PATIENCE)))
+            asked = 0.0
             try:
                 return self._form.values(call, await self._invoke(call.arguments))
             except TimeoutError:
                 failure: Exception = TimeoutError(f"no answer within {self._rules.timeout:g} s")
             except ProcessExpired as error:
                 failure = RuntimeError(f"its process died ({error})")
+            except Permanent as error:
+                failure = error
+                break
+            except Later as error:
+                failure, asked = error, error.seconds
             except Exception as error:  # as above
                 failure = error
         return [failure] * len(call.rows)

