@@ -19,6 +19,7 @@ from rollout.server import ServerOptions
 
 check_imports()
 share_cores()
+pytest.register_assert_rewrite("tests.code_judge", "tests.judge_service")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background are deaf to it, and so are their children
 
