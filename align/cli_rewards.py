@@ -56,9 +56,9 @@ def serve_rewards(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         raise ValueError(f"--port {options.port} must be from 1 to 65535")
     key = service_key(options.host, KEY_VARIABLE, "whoever reaches it can keep it busy")
     buses = served_buses({name: objectives[name] for name in chosen})
-    print(f"serving {', '.join(chosen)} on http://{options.host}:{options.port}", flush=True)
+    line = f"serving {', '.join(chosen)} on http://{options.host}:{options.port}"
     try:
-        web.run_app(make_app(buses, key), host=options.host, port=options.port, print=None)
+        web.run_app(make_app(buses, key), host=options.host, port=options.port, print=lambda *_: print(line, flush=True))
     except OSError as error:
         raise ValueError(f"cannot listen on {options.host}:{options.port}: {error.strerror}; give another --port") from error
     finally:

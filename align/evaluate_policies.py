@@ -88,7 +88,7 @@ def _evaluate(policy: Policy, config: Config) -> "Summary":
     sampler = LocalSampler(lambda: _lend(model), tokenizer, sorted({*stop, tokenizer.eos_token_id}), batch_size)
     params = evaluation_params(config, Place())
     with closing(build_bus(config, prompts.columns)) as bus:
-        score = partial(score_together, bus, config=config.scoring, pause=lambda: None)
+        score = partial(score_together, bus, config=config.scoring, pause=lambda: None, stop=lambda: False)
         evaluation = evaluate(sampler, score, prompts.evaluation, params, step=0)
     return summarize(evaluation.raw_PGK, objectives_of(config))
 

@@ -160,7 +160,7 @@ class Learner(PolicyAccess, GRPOTrainer):
         return torch.tensor(self._gathered.raw_NK, dtype=torch.float32, device=self.accelerator.device)
 
     def _score(self, groups: Sequence[SampleGroup], pause: Callable[[], None]) -> tuple[RewardMatrix, RewardMatrix]:
-        return score_together(self.parts.bus, groups, self.parts.config.scoring, pause)
+        return score_together(self.parts.bus, groups, self.parts.config.scoring, pause, self.parts.stop)
 
     def training_step(self, model, inputs, num_items_in_batch):
         """TRL's, and the probe takes in what its backward showed."""

@@ -141,7 +141,8 @@ def _explain(error: Any, data: Any) -> list[str]:
     message = error["msg"].removeprefix("Value error, ")
     match error["type"]:
         case "value_error":  # our own rules: they say what to do, and name the key where it is a deeper one
-            return [line if not key or line.startswith(f"{key}.") else f"{key}: {line}" for line in message.split("\n")]
+            lines = [line + _who_has_it(key, line) for line in message.split("\n")]
+            return [line if not key or line.startswith(f"{key}.") else f"{key}: {line}" for line in lines]
         case "missing":
             return [f"{key} is missing{_other_spelling(error['loc'], data)}"]
         case "union_tag_not_found":
@@ -151,6 +152,14 @@ def _explain(error: Any, data: Any) -> list[str]:
         case "model_type" | "model_attributes_type":
             return [f"{key}: {error['input']!r} is not valid: it is a table; write {{key: value, ...}}"]
     return [f"{key}: {error['input']!r} is not valid: {message[0].lower()}{message[1:]}"]
+
+
+def _who_has_it(key: str, line: str) -> str:
+    """Which other type of a section has a key that this one does not know."""
+    unknown = re.match(r"unknown key '(\w+)'", line)
+    kinds = [kind for kind in _kinds(Config, key.split(".")) if unknown and unknown[1] in kind.model_fields]
+    names = " or ".join(get_args(kind.model_fields["type"].annotation)[0] for kind in kinds)
+    return f" ({unknown[1]!r} belongs to type {names})" if unknown and names else ""
 
 
 def _other_spelling(location: tuple, data: Any) -> str:

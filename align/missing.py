@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rewards.types import NO_VALUE, Missing, Objective, RewardMatrix
+from rewards.types import NO_VALUE, OUTSIDE, Missing, Objective, RewardMatrix
 
 
 class MissingRewardError(RuntimeError):
@@ -31,9 +31,10 @@ def refuse_missing(matrix: RewardMatrix, limit: float) -> None:
         rows = np.flatnonzero(matrix.missing_NK[:, k])
         if objective.missing is Missing.FAIL and len(rows):
             reason = matrix.errors.get((int(rows[0]), k), "no reason was recorded")
+            bounds = f" or objectives.{objective.name}.bounds" if OUTSIDE in reason else ""
             raise MissingRewardError(
                 f"objective {objective.name!r} has no value for {len(rows)} of {len(matrix.raw_NK)} samples; the first: "
-                f"{reason}. Mend the reward, or say what a missing value does: "
+                f"{reason}. Mend the reward{bounds}, or say what a missing value does: "
                 f"--objectives.{objective.name}.missing=drop_sample (or drop_group, neutral)"
             )
     if sentences := failing(matrix, limit):

@@ -1,5 +1,6 @@
 """What a learner is made of."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -28,6 +29,7 @@ class Parts:
         model: Folder or hub name of the policy.
         files: Where this process writes.
         archive: Evaluated points.
+        stop: Whether this process was asked to stop.
     """
 
     config: Config
@@ -40,3 +42,4 @@ class Parts:
     model: str
     files: RunFiles
     archive: Archive
+    stop: Callable[[], bool]

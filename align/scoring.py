@@ -5,16 +5,21 @@ from collections.abc import Callable, Sequence
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from tqdm.auto import tqdm
 
 from align.config import ScoringConfig
-from align.missing import failing
+from align.missing import MissingRewardError, failing
 from rewards.bus import RewardBus
 from rewards.types import RewardMatrix, stack
 from rollout.types import SampleGroup
 
 
 def score_together(
-    bus: RewardBus, groups: Sequence[SampleGroup], config: ScoringConfig, pause: Callable[[], None]
+    bus: RewardBus,
+    groups: Sequence[SampleGroup],
+    config: ScoringConfig,
+    pause: Callable[[], None],
+    stop: Callable[[], bool],
 ) -> tuple[RewardMatrix, RewardMatrix]:
     """Score this process's groups; where too much fails and may yet succeed, wait and score that again.
 
@@ -25,10 +30,14 @@ def score_together(
         groups: Of this process.
         config: What is too much; how long and how often to wait.
         pause: Called in all processes before the first wait.
+        stop: Whether this process was asked to stop; a wait ends then.
 
     Returns:
         The matrix of this process, and that of all of them one below the other. Whether to go on with them is not
         decided here.
+
+    Raises:
+        MissingRewardError: In all processes: one of them was asked to stop while all waited.
     """
     local = bus.score(groups)
     for attempt in range(config.pauses + 1):
@@ -40,9 +49,27 @@ def score_together(
             break
         if attempt == 0:
             pause()
-        if PartialState().is_main_process:
-            again = f"trying again in {config.pause:g} s, for the {attempt + 1}. of {config.pauses} times"
-            print(f"paused: {'; '.join(sentences.values())}; {again}", flush=True)
-        time.sleep(config.pause)
+        why = "; ".join(sentences.values())
+        _say(f"paused: {why}; trying again in {config.pause:g} s ({attempt + 1} of {config.pauses})")
+        if not _waited(config.pause, stop):
+            raise MissingRewardError(f"stopped while the run waited for a reward: {why}")
         local = bus.score_again(groups, local, list(sentences))
+    if attempt and not sentences:
+        _say("all rewards are there again: the run goes on")
     return local, gathered
+
+
+def _waited(seconds: float, stop: Callable[[], bool]) -> bool:
+    """Wait, all processes together; False as soon as one of them was asked to stop."""
+    end = time.monotonic() + seconds
+    while not any(gather_object([stop()])):
+        left = end - time.monotonic()
+        if any(gather_object([left <= 0])):
+            return True
+        time.sleep(min(1.0, max(0.0, left)))
+    return False
+
+
+def _say(line: str) -> None:
+    if PartialState().is_main_process:
+        tqdm.write(line)

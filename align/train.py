@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -105,7 +105,13 @@ def build(run: Run) -> Built:
     return Built(model, tokenizer, prompts, bus, plan, GRPOConfig(**arguments))
 
 
-def build_learner(run: Run, built: Built, schedule: Schedule, callbacks: Sequence["TrainerCallback"]) -> "Learner":
+def build_learner(
+    run: Run,
+    built: Built,
+    schedule: Schedule,
+    callbacks: Sequence["TrainerCallback"],
+    stop: Callable[[], bool] = lambda: False,
+) -> "Learner":
     """Load the policy and put the run together."""
     from accelerate import PartialState
 
@@ -136,7 +142,7 @@ def build_learner(run: Run, built: Built, schedule: Schedule, callbacks: Sequenc
         config.scoring.max_failed,
     )
     parts = Parts(
-        config, built.plan, schedule, rules, built.prompts, built.bus, built.tokenizer, built.model, files, archive
+        config, built.plan, schedule, rules, built.prompts, built.bus, built.tokenizer, built.model, files, archive, stop
     )
     engine = open_engine(config, built.prompts, built.tokenizer, built.model, run.folder)
     try:
@@ -170,7 +176,7 @@ def _run(run: Run, built: Built) -> int:
     kinds = constraint_kinds(config)
     progress = ProgressCallback(list(config.objectives), config.steps, kinds)
     try:
-        learner = build_learner(run, built, schedule, [on_schedule, progress])
+        learner = build_learner(run, built, schedule, [on_schedule, progress], lambda: stop.requested)
     except (ProbeError, RolloutError) as error:  # seen only once the policy is loaded, or its servers are asked
         return _fail(error, f"Nothing was trained yet; mend it, then {_resume_command(run)}")
     stop.listen()

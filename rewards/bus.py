@@ -7,7 +7,7 @@ from contextlib import suppress
 import numpy as np
 
 from rewards.execution import Component, Permanent, Scores
-from rewards.types import NO_VALUE, Objective, RewardMatrix
+from rewards.types import NO_VALUE, OUTSIDE, Objective, RewardMatrix
 from rollout.types import SampleGroup
 
 
@@ -109,5 +109,5 @@ def _check(value: object, bounds: tuple[float, float]) -> tuple[float, str]:
     if not math.isfinite(number):
         return math.nan, f"not finite: {number}"
     if not bounds[0] <= number <= bounds[1]:
-        return math.nan, f"{number:g} is outside its bounds [{bounds[0]:g}, {bounds[1]:g}]"
+        return math.nan, f"{number:g} {OUTSIDE} [{bounds[0]:g}, {bounds[1]:g}]"
     return number, ""

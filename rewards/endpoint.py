@@ -55,6 +55,7 @@ class Endpoint:
             raise ValueError(f"url {url!r} is not of the form http://host:port/path")
         if "@" in parts.netloc:
             raise ValueError(f"the url of {parts.hostname} holds a password, which errors would show: use key_variable")
+        self._variable = key_variable
         self._key = os.environ.get(key_variable, "").strip() if key_variable else ""
         if key_variable and not self._key:
             raise ValueError(f"the key of {url} is wanted from the environment variable {key_variable}, which is not set")
@@ -93,6 +94,9 @@ class Endpoint:
         return (text.replace(self._key, "***") if self._key else text)[:LONGEST_REASON]
 
     def _failure(self, message: str, answer: aiohttp.ClientResponse) -> EndpointError:
+        if answer.status == 401:
+            ask = f"is {self._variable} the key that it was started with?" if self._key else "it wants one: key_variable"
+            return EndpointRefused(f"{message} ({ask})")
         if 400 <= answer.status < 500 and answer.status not in WORTH_ANOTHER_TRY:
             return EndpointRefused(message)
         if wait := _seconds(answer.headers.get("Retry-After", "")):

@@ -26,28 +26,25 @@ class Batcher:
     def __init__(self, bus: RewardBus):
         self.bus = bus
         self._waiting: list[tuple[Sequence[SampleGroup], asyncio.Future[RewardMatrix]]] = []
-        self._work: set[asyncio.Task[None]] = set()  # at most one
+        self._lock = asyncio.Lock()  # one batch at a time
 
     async def score(self, groups: Sequence[SampleGroup]) -> RewardMatrix:
         """The matrix of some groups, (N, 1)."""
         answer: asyncio.Future[RewardMatrix] = asyncio.get_running_loop().create_future()
         self._waiting.append((groups, answer))
-        if not self._work:
-            task = asyncio.create_task(self._score_all())
-            self._work.add(task)
-            task.add_done_callback(self._work.discard)
-        return await answer
+        async with self._lock:
+            if not answer.done():  # else it was part of a batch while this waited for its turn
+                await self._score_all()
+        return answer.result()
 
     async def _score_all(self) -> None:
-        while self._waiting:
-            batch, self._waiting = self._waiting, []
-            matrix = await asyncio.to_thread(self.bus.score, [group for groups, _ in batch for group in groups])
-            first = 0
-            for groups, answer in batch:
-                rows = range(first, first + sum(len(group.samples) for group in groups))
-                first = rows.stop
-                if not answer.done():  # whoever asked may have gone
-                    answer.set_result(part(matrix, rows))
+        batch, self._waiting = self._waiting, []
+        matrix = await asyncio.to_thread(self.bus.score, [group for groups, _ in batch for group in groups])
+        first = 0
+        for groups, answer in batch:
+            rows = range(first, first + sum(len(group.samples) for group in groups))
+            first = rows.stop
+            answer.set_result(part(matrix, rows))
 
 
 def part(matrix: RewardMatrix, rows: range) -> RewardMatrix:

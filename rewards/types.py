@@ -7,6 +7,7 @@ from enum import StrEnum
 import numpy as np
 
 NO_VALUE = "no value"  # the reason of a cell whose reward said so itself
+OUTSIDE = "is outside its bounds"  # part of the reason of one whose value was too large or too small
 
 
 class Missing(StrEnum):

@@ -120,3 +120,8 @@ def test_sampling_in_a_line(overrides, words):
     line = describe_sampling(config(*overrides).rollout)
     assert all(word in line for word in words)
     assert "\n" not in line
+
+
+def test_a_key_of_another_type_says_whose_it_is():
+    with pytest.raises(ConfigError, match=r"unknown key 'workers'; .* \('workers' belongs to type vllm\)"):
+        config("engine.workers=2")

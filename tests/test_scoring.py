@@ -1,6 +1,7 @@
 """The circuit breaker: training waits for a reward that fails, with a checkpoint, and loses nothing."""
 
 import json
+import signal
 import subprocess
 from pathlib import Path
 
@@ -67,11 +68,16 @@ def test_nothing_is_trained_on_what_is_left():
     refuse_missing(matrix(Missing.DROP_SAMPLE, "late", "", ""), 0.5)
 
 
-def train(folder: Path, name: str, down: tuple[int, int], *arguments: str, rank: str = "0", processes: int = 1):
-    """Train with a judge that is down for some of its attempts."""
+def prepare(folder: Path, down: tuple[int, int], rank: str = "0") -> None:
+    """Put the judge there, and when it is down, and for which process."""
     (folder / "my_rewards.py").write_text(JUDGE, encoding="utf-8")
     (folder / "down").write_text(json.dumps(down), encoding="utf-8")
     (folder / "rank").write_text(rank, encoding="utf-8")
+
+
+def train(folder: Path, name: str, down: tuple[int, int], *arguments: str, rank: str = "0", processes: int = 1):
+    """Train with a judge that is down for some of its attempts."""
+    prepare(folder, down, rank)
     arguments = arguments or overrides(folder / name, FIXED, *SETTINGS)
     return subprocess.run(
         command("align.train", *arguments, processes=processes),
@@ -105,7 +111,8 @@ def test_a_run_waits_for_a_judge_that_is_away_and_learns_the_same(tmp_path, undi
     away = train(tmp_path, "away", (37, 60))
     assert away.returncode == 0, away.stderr
     assert "paused: objective 'brevity' failed on 12 of 16 samples; the first: ConnectionError: nobody" in away.stdout
-    assert "for the 1. of 2 times" in away.stdout
+    assert "(1 of 2)" in away.stdout
+    assert "the run goes on" in away.stdout
     assert (tmp_path / "away" / "checkpoints" / "checkpoint-2").is_dir()
     assert learned(tmp_path / "away") == undisturbed
 
@@ -113,7 +120,7 @@ def test_a_run_waits_for_a_judge_that_is_away_and_learns_the_same(tmp_path, undi
 def test_a_run_whose_judge_stays_away_stops_and_can_go_on(tmp_path, undisturbed):
     away = train(tmp_path, "away", (37, 10**6))
     assert away.returncode == 2
-    assert "for the 2. of 2 times" in away.stdout
+    assert "(2 of 2)" in away.stdout
     assert "objective 'brevity'" in away.stderr
     assert "Nothing is lost" in away.stderr
     back = train(tmp_path, "away", (0, 0), "--resume", str(tmp_path / "away"))
@@ -127,3 +134,24 @@ def test_processes_wait_together_for_the_judge_of_one(tmp_path):
     assert away.returncode == 0, away.stderr
     assert "failed on 2 of 16 samples" in away.stdout
     assert len(learned(tmp_path / "away")) == 4
+
+
+def test_who_is_asked_to_stop_does_not_wait_on(tmp_path):
+    """The checkpoint is there already."""
+    prepare(tmp_path, (37, 10**6))
+    arguments = overrides(tmp_path / "away", FIXED, *SETTINGS, "--scoring={pause: 300, pauses: 9}")
+    with subprocess.Popen(
+        command("align.train", *arguments),
+        cwd=tmp_path,
+        env=environment(1),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        lines = iter(process.stdout.readline, "")
+        assert any("paused: " in line for line in lines)
+        process.send_signal(signal.SIGINT)
+        rest = "".join(lines)
+        assert process.wait(60) == 2
+    assert "stopped while the run waited for a reward: objective 'brevity' failed" in rest
+    assert (tmp_path / "away" / "checkpoints" / "checkpoint-2").is_dir()
