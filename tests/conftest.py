@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from align.guard import check_imports
 from align.launch import share_cores
@@ -19,6 +20,8 @@ from rollout.server import ServerOptions
 
 check_imports()
 share_cores()
+settings.register_profile("paretune", deadline=None, derandomize=True)  # a busy machine fails no test, and nor does chance
+settings.load_profile("paretune")
 pytest.register_assert_rewrite("tests.code_judge", "tests.judge_service")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background are deaf to it, and so are their children

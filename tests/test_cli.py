@@ -73,9 +73,9 @@ def test_check_of_a_hub_model_downloads_nothing():
     result = paretune("check", QUICKSTART, "--policy.model=nobody/nothing")
     assert result.returncode == 0
     assert "training will download what is not here" in result.stdout
-    unknown = paretune("check", QUICKSTART, "--policy.model=nobody/nothing", "--objectives.accuracy.reward=judge")
+    unknown = paretune("check", QUICKSTART, "--policy.model=nobody/nothing", "--objectives.accuracy.reward=jugde")
     assert unknown.returncode == 2
-    assert "no built-in reward 'judge'" in unknown.stderr
+    assert "no built-in reward 'jugde'" in unknown.stderr
 
 
 def test_check_takes_chat_messages(tmp_path: Path):
@@ -106,7 +106,7 @@ def test_check_takes_chat_messages(tmp_path: Path):
         ),
         (["check", QUICKSTART, "--prompts.train={type: file, path: absent.jsonl}"], "prompts.train: no file 'absent.jsonl'"),
         (["check", QUICKSTART, "--rollout.max_tokens=4000"], "the model's context holds"),
-        (["check", QUICKSTART, "--objectives.accuracy.reward=judge"], "objectives.accuracy: no built-in reward 'judge'"),
+        (["check", QUICKSTART, "--objectives.accuracy.reward=jugde"], "objectives.accuracy: no built-in reward 'jugde'"),
         (["check", QUICKSTART, "--processes=16", "--prompts.evaluation.args.count=9"], "9 prompts cannot be shared by 16"),
         (["train"], "nothing to train: give --config FILE"),
         (["train", "--resume", "absent"], "--resume: absent is not a run folder"),
