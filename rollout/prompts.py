@@ -1,5 +1,6 @@
 """Prompt sources: rows of a hub data set, a file or a function -> rendered, tokenised prompts in a seeded order."""
 
+import gzip
 import inspect
 import itertools
 import json
@@ -43,16 +44,16 @@ def rows_of_function(function: str, args: Mapping[str, Any]) -> Iterable[Row]:
 
 
 def rows_of_file(path: str) -> Iterator[Row]:
-    """Rows of a .jsonl or .parquet file. Raises ValueError that names the file, and the line where there is one."""
+    """Rows of a .jsonl, .jsonl.gz or .parquet file. Raises ValueError that names the file, and the line where it can."""
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"no file {path!r} (looked in {Path.cwd()})")
     if file.suffix == ".parquet":
         yield from _parquet_rows(file)
-    elif file.suffix == ".jsonl":
+    elif file.suffix == ".jsonl" or file.name.endswith(".jsonl.gz"):
         yield from _json_lines(file)
     else:
-        raise ValueError(f"{path!r} is neither .jsonl nor .parquet; convert it, or read it with a function source")
+        raise ValueError(f"{path!r} is none of .jsonl, .jsonl.gz, .parquet; convert it, or read it with a function source")
 
 
 def _parquet_rows(file: Path) -> list[Row]:
@@ -66,13 +67,21 @@ def _parquet_rows(file: Path) -> list[Row]:
 
 
 def _json_lines(file: Path) -> Iterator[Row]:
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{file}, line {number} is not JSON: {error}") from error
+    opened = gzip.open if file.suffix == ".gz" else open
+    try:
+        with opened(file, "rt", encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield _json(line, f"{file}, line {number}")
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _json(line: str, where: str) -> Row:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from error
 
 
 def rows_of_hub(name: str, subset: str | None, split: str) -> Iterable[Row]:

@@ -1,5 +1,6 @@
 """Prompt sources, rendering, lengths and order."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -97,21 +98,25 @@ def test_a_prompt_that_leaves_no_room_is_named():
 
 def test_jsonl_and_parquet_hold_the_same(tmp_path: Path):
     rows = [{"prompt": "a", "n": 1}, {"prompt": "é\u2028", "n": 2}]
-    jsonl, parquet = tmp_path / "rows.jsonl", tmp_path / "rows.parquet"
+    jsonl, parquet, packed = (tmp_path / f"rows.{kind}" for kind in ("jsonl", "parquet", "jsonl.gz"))
     jsonl.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows) + "\n\n", encoding="utf-8")
     pyarrow.parquet.write_table(pa.Table.from_pylist(rows), parquet)
-    assert list(rows_of_file(str(jsonl))) == list(rows_of_file(str(parquet))) == rows
+    packed.write_bytes(gzip.compress(jsonl.read_bytes()))
+    assert list(rows_of_file(str(jsonl))) == list(rows_of_file(str(parquet))) == list(rows_of_file(str(packed))) == rows
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path: Path):
     with pytest.raises(ValueError, match=r"no file '.*absent.jsonl'"):
         list(rows_of_file(str(tmp_path / "absent.jsonl")))
     (tmp_path / "rows.csv").write_text("a,b")
-    with pytest.raises(ValueError, match=r"neither .jsonl nor .parquet"):
+    with pytest.raises(ValueError, match=r"none of .jsonl, .jsonl.gz, .parquet"):
         list(rows_of_file(str(tmp_path / "rows.csv")))
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     with pytest.raises(ValueError, match="line 2 is not JSON"):
         list(rows_of_file(str(tmp_path / "rows.jsonl")))
+    (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "a"}')[:-4])
+    with pytest.raises(ValueError, match=r"rows.jsonl.gz cannot be read"):
+        list(rows_of_file(str(tmp_path / "rows.jsonl.gz")))
     (tmp_path / "rows.parquet").write_text("no parquet")
     with pytest.raises(ValueError, match=r"rows.parquet cannot be read"):
         list(rows_of_file(str(tmp_path / "rows.parquet")))
