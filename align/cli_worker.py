@@ -5,11 +5,17 @@ import glob
 import json
 import os
 import signal
+import socket
+import subprocess
 import sys
+import time
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from align.launch import told_to_use_cpu
+
+if TYPE_CHECKING:
+    from rollout.client import Server
 
 
 def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,10 +47,12 @@ def run_worker(options: argparse.Namespace) -> int:
     """Serve until the server ends, or this process does, which takes it along; the server's exit status.
 
     Raises:
-        ValueError: vLLM is not installed, an argument is out of range, or others could reach a server without a key.
+        ValueError: vLLM is not installed, an argument is out of range, the port is taken, or others could reach a server
+            without a key.
     """
     from align.build import locate_model  # after the command line has seen to it that these are ours
     from align.service_key import service_key
+    from rollout.client import Server
     from rollout.keeper import start_keeper, stop_keeper
     from rollout.server import SERVERS_KEY, ServerOptions, child_environment, server_command, server_environment
 
@@ -61,8 +69,7 @@ def run_worker(options: argparse.Namespace) -> int:
         transfer=options.transfer,
         args=_further(options.args),
     )
-    if not 0 < options.port < 65536:
-        raise ValueError(f"--port {options.port} must be from 1 to 65535")
+    _check_port(options.host, options.port)
     key = service_key(options.host, SERVERS_KEY, "whoever reaches this server can run code on it")
     if find_spec("vllm") is None:
         raise ValueError("vLLM is not installed: run `scripts/setup vllm`")
@@ -74,7 +81,42 @@ def run_worker(options: argparse.Namespace) -> int:
     keeper = start_keeper(command, [], environment, None)
     for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's background jobs are started deaf to it
         signal.signal(number, lambda *_: stop_keeper(keeper))
+    name = f"[{options.host}]" if ":" in options.host else options.host
+    _say_when_ready(Server(f"http://{name}:{options.port}", key, 10.0), keeper, options, key)
     return keeper.wait()
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise ValueError unless one can listen there: vLLM finds out late, and shares the port with another vLLM."""
+    if not 0 < port < 65536:
+        raise ValueError(f"--port {port} must be from 1 to 65535")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server that has just ended is no obstacle
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"cannot listen on {host}:{port}: {error.strerror}; give another --port, or --host") from error
+
+
+def _say_when_ready(server: "Server", keeper: "subprocess.Popen[bytes]", options: argparse.Namespace, key: str) -> None:
+    """Wait until the server answers, and say how to use it; nothing is said of one that ends before."""
+    from rollout.sampler import RolloutError
+    from rollout.server import SERVERS_KEY
+
+    while keeper.poll() is None:
+        try:
+            context = server.context()
+        except RolloutError:
+            time.sleep(1.0)
+            continue
+        everywhere = options.host in ("0.0.0.0", "::")
+        url = f"http://{socket.gethostname()}:{options.port}" if everywhere else server.url
+        sync = ", sync: transfer" if options.transfer == "nccl" else ""
+        print(f"ready on {url} ({options.model}, {context} tokens of context; key in {SERVERS_KEY}). Start the trainer with")
+        if not os.environ.get(SERVERS_KEY, "").strip():
+            print(f"export {SERVERS_KEY}={key}")  # once more: the log of vLLM came between
+        print(f"paretune train ... --rollout.engine='{{type: vllm, urls: {json.dumps([url])}{sync}}}'", flush=True)
+        return
 
 
 def _further(text: str) -> dict[str, Any]:

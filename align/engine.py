@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shlex
 import subprocess
 import tempfile
 import time
@@ -11,9 +12,11 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from align.build import PromptSets
 from align.config import Config
+from align.config.rollout_rules import is_loopback
 from align.launch import told_to_use_cpu
 from rollout.sampler import RolloutError, Sampler
 from rollout.server import SERVERS_KEY
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from align.learner import Learner
+    from rollout.client import Server
     from rollout.publish import Leader
     from rollout.workers import LocalWorkers
 
@@ -39,6 +43,11 @@ def check_engine(config: Config) -> None:
             "rollout.engine.type=vllm: vLLM is not installed: run `scripts/setup vllm`, or name running servers in "
             "rollout.engine.urls"
         )
+    for url in engine.urls:
+        try:
+            urlsplit(url).port  # noqa: B018, raises
+        except ValueError as error:
+            raise ValueError(f"rollout.engine.urls: {url!r} is not of the form http://host:port: {error}") from error
     if engine.sync.type == "directory" and not Path(engine.sync.path).is_dir():
         raise ValueError(f"rollout.engine.sync.path: {engine.sync.path!r} is not a folder")
 
@@ -84,7 +93,6 @@ class _Servers:
 
     def __init__(self, config: Config, prompts: PromptSets, tokenizer: "PreTrainedTokenizerBase", model: str, folder: Path):
         from align.together import from_main, together
-        from rollout.client import Server
 
         self._config = config
         self._options = config.rollout.engine
@@ -94,7 +102,7 @@ class _Servers:
         longest = max(len(prompt.token_ids) for prompt in (*prompts.train, *prompts.evaluation))
         self._context = longest + config.rollout.max_tokens
         urls, key, self._run = from_main(lambda: self._found(model, folder))
-        self.servers = tuple(Server(url, key, self._options.request_timeout) for url in urls)
+        self.servers = tuple(self._server(url, key) for url in urls)
         try:
             together(self._check)
         except BaseException:
@@ -129,20 +137,23 @@ class _Servers:
 
     def _wait_for_others(self) -> None:
         """Wait until the servers that somebody else starts answer. Raises RolloutError when one does not in time."""
-        from rollout.client import Server
-
         deadline = time.monotonic() + self._options.start_timeout
         for url in self._options.urls:
-            server = Server(url, os.environ.get(SERVERS_KEY, ""), 10.0)
-            if not server.healthy():
-                print(f"waiting for a vLLM server at {url} (up to {self._options.start_timeout:g} s)", flush=True)
-            while not server.healthy():
-                if time.monotonic() > deadline:
-                    raise RolloutError(
-                        f"rollout.engine.urls: no vLLM server answers at {url}: start `paretune worker` there, or wait "
-                        "longer by rollout.engine.start_timeout"
-                    )
-                time.sleep(1.0)
+            self._server(url, os.environ.get(SERVERS_KEY, "")).wait(deadline - time.monotonic())
+
+    def _server(self, url: str, key: str) -> "Server":
+        """One server. Where it is somebody else's to start, its errors say how."""
+        from rollout.client import Server
+
+        if not self._options.urls:
+            return Server(url, key, self._options.request_timeout)
+        parts = urlsplit(url)
+        words = ["paretune", "worker", self._config.policy.model]
+        words += [] if is_loopback(parts.hostname) else ["--host", "0.0.0.0"]
+        words += ["--port", str(parts.port)] if parts.port else []
+        words += ["--transfer", "nccl"] if self._options.sync.type == "transfer" else []
+        advice = f"start it (again) by `{shlex.join(words)}`, with the same {SERVERS_KEY}"
+        return Server(url, key, self._options.request_timeout, advice)
 
     def _check(self) -> None:
         """Raise RolloutError when a server has another tokenizer, or too small a context."""

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +15,8 @@ from rollout.sampler import RolloutError
 from rollout.server import SERVED_NAME, SERVERS_KEY
 
 RESETS, RESET_SECONDS = 20, 0.25  # attempts at dropping cached prefixes: aborted requests hold theirs for a moment
+HEALTH_SECONDS = 10.0  # for an answer that costs a server nothing
+TELL_SECONDS = 30.0  # between two lines about a server that is waited for
 
 
 class ServerError(RolloutError):
@@ -27,25 +31,48 @@ class Server:
     """Control and queries of one server; sampling itself is asynchronous (`complete`).
 
     Args:
-        url: http://host:port.
+        url: http://host:port; a /v1 at its end, as OpenAI's clients want it, is left out.
         key: Sent as a bearer token with every request.
         timeout: Seconds for one answer.
+        advice: What to do when nobody answers, for the error.
     """
 
-    def __init__(self, url: str, key: str, timeout: float):
-        self.url = url.rstrip("/")
+    def __init__(self, url: str, key: str, timeout: float, advice: str = ""):
+        self.url = url.rstrip("/").removesuffix("/v1").rstrip("/")
         self.timeout = timeout
+        self.advice = advice
         self.headers = {"Authorization": f"Bearer {key}"} if key else {}
 
     def healthy(self) -> bool:
         """Whether it answers, and its engine lives."""
         try:
-            self._request("GET", "/health", timeout=10.0)
+            self._request("GET", "/health", timeout=HEALTH_SECONDS)
         except RolloutError:
             return False
         return True
 
-    def version(self, timeout: float = 10.0) -> str:
+    def wait(self, seconds: float) -> None:
+        """Wait until it answers, and say why it does not, at once and now and then.
+
+        Raises:
+            RolloutError: It did not in time, or something answers that is no server of ours.
+        """
+        deadline, told = time.monotonic() + seconds, -math.inf
+        while True:
+            try:
+                self._request("GET", "/health", timeout=HEALTH_SECONDS)
+                return
+            except ServerError as error:
+                now = time.monotonic()
+                if now >= deadline:
+                    raise RolloutError(f"no vLLM server within rollout.engine.start_timeout: {error}") from error
+                if now - told >= TELL_SECONDS:
+                    left = f"{deadline - now:.0f} s more (rollout.engine.start_timeout)"
+                    print(f"waiting for a vLLM server: {error}; {left}", flush=True)
+                    told = now
+            time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
+
+    def version(self, timeout: float = HEALTH_SECONDS) -> str:
         """The version that it carries. Asks the engine itself, so one that hangs does not answer.
 
         Raises:
@@ -128,11 +155,10 @@ class Server:
             async with session.request(method, self.url + route, json=body, headers=self.headers, timeout=limit) as answer:
                 return self._read(route, answer.status, await answer.text())
         except TimeoutError as error:
-            raise ServerTimeout(
-                f"{self.url}{route} did not answer within {timeout:g} s (a sample may take rollout.engine.request_timeout)"
-            ) from error
+            most = " (a sample may take rollout.engine.request_timeout)" if timeout == self.timeout else ""
+            raise ServerTimeout(f"{self.url}{route} did not answer within {timeout:g} s{most}") from error
         except (aiohttp.ClientError, OSError) as error:
-            raise ServerError(f"{self.url}{route}: {type(error).__name__} {error}") from error
+            raise ServerError("; ".join(filter(None, (f"{self.url}: {_reason(error)}", self.advice)))) from error
 
     def _read(self, route: str, status: int, text: str) -> Any:
         where = self.url + route
@@ -140,7 +166,7 @@ class Server:
             what = "refuses the key" if self.headers else f"wants a key, and {SERVERS_KEY} is not set"
             raise RolloutError(f"{self.url} {what}: set {SERVERS_KEY} to the one that it was started with")
         if status == 404:
-            raise RolloutError(f"{where} does not exist: start the server by `paretune worker`")
+            raise RolloutError(f"{where} does not exist: give servers that `paretune worker` started, as http://host:port")
         if status >= 500:
             raise ServerError(f"{where} failed ({status}): {text[:300]}")
         if status >= 400:
@@ -149,3 +175,11 @@ class Server:
             return json.loads(text or "null")
         except ValueError as error:
             raise RolloutError(f"{where} does not answer as vLLM does: {text[:100]!r}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Why nothing came, in words."""
+    if not isinstance(error, aiohttp.ClientConnectorError):
+        return f"{type(error).__name__} {error}"
+    cause = error.os_error
+    return os.strerror(cause.errno) if (cause.errno or 0) > 0 else str(cause.strerror or cause)

@@ -93,6 +93,7 @@ class Leader:
         self._check: Check
         self._gap = Gap()
         self._gone: dict[int, str] = {}
+        self._told: dict[int, str] = {}  # what keeps each server away
         self._lock = threading.Lock()  # held while weights are on their way
         self._closed = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True, name="watch over vLLM servers")
@@ -148,13 +149,13 @@ class Leader:
             if any(carries(server, self._version) for server in self.servers):
                 return self._gap
             time.sleep(PERIOD)
-        reason = self.hopeless() or next((str(error) for error in errors.values()), "none of them answers")
+        told = [*map(str, errors.values()), *self._told.values(), "none of them answers"]
+        reason = self.hopeless() or told[0]
         raise RolloutError(f"no vLLM server took the weights: {reason}")
 
     # --- the watch ----------------------------------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        told: dict[int, str] = {}
         while not self._closed.wait(PERIOD):
             for index, server in enumerate(self.servers):
                 if index in self._gone or self._closed.is_set():
@@ -162,9 +163,11 @@ class Leader:
                 try:
                     self._look_after(index, server)
                 except RolloutError as error:
-                    if told.get(index) != str(error):
-                        print(f"vLLM server {server.url}: {error}", flush=True)
-                    told[index] = str(error)
+                    if self._told.get(index) != str(error):
+                        print(f"vLLM server {server.url}: {str(error).removeprefix(f'{server.url}: ')}", flush=True)
+                    self._told[index] = str(error)
+                else:
+                    self._told.pop(index, None)
 
     def _look_after(self, index: int, server: Server) -> None:
         try:

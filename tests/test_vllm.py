@@ -72,7 +72,7 @@ def gap_to(server: Server, model) -> float:
 
 
 def sampler_on(workers, folder: Path, tokenizer, restart=None, timeout: float = 60.0, patience: float = 60.0):
-    servers = [Server(url, workers.key, timeout) for url in workers.urls]
+    servers = [Server(url, workers.key, timeout, "start it again") for url in workers.urls]
     leader = Leader(servers, DirectoryTransfer(folder), restart or (lambda index, hangs: None), patience)
     decode = lambda ids: tokenizer.batch_decode(ids, skip_special_tokens=True)  # noqa: E731
     return VllmSampler(servers, leader, decode, [tokenizer.eos_token_id], Limits(64, patience), "test")
@@ -292,7 +292,7 @@ def test_a_worker_that_dies_or_hangs_costs_no_sample(two, tmp_path, tokenizer, c
     sampler.close()
 
 
-def test_when_all_are_gone_it_says_so_in_time(tmp_path, tokenizer, original):
+def test_when_all_are_gone_it_says_so_in_time(tmp_path, tokenizer, original, capsys):
     """At once when none may be started again; after some patience when somebody else might start one."""
     params = SamplingParams(samples_per_prompt=8, max_tokens=100, seed=0)
 
@@ -310,11 +310,13 @@ def test_when_all_are_gone_it_says_so_in_time(tmp_path, tokenizer, original):
         assert time.monotonic() - start < 60
         final.close()
         patient = sampler_on(workers, tmp_path / "b", tokenizer, patience=3.0)
-        with pytest.raises(RolloutError, match="no vLLM server took the weights"):
+        gone = f"{workers.urls[0]}: Connection refused; start it again$"
+        with pytest.raises(RolloutError, match=f"no vLLM server took the weights: {gone}"):
             patient.sync(weights_of(original), 1, check_by(original))
-        with pytest.raises(RolloutError, match="no vLLM server could be used for 3 s"):
+        with pytest.raises(RolloutError, match=f"no vLLM server could be used for 3 s: {gone}"):
             patient.sample(prompts(tokenizer, 2), params)
         patient.close()
+        assert f"vLLM server {gone[:-1]}" in capsys.readouterr().out  # as soon as the watch has seen it
 
 
 def test_a_batch_on_its_way_can_be_given_up(vllm_workers, tmp_path, tokenizer):
@@ -343,7 +345,7 @@ def test_a_wrong_key_and_a_wrong_address_are_told_apart(vllm_workers):
     url = vllm_workers.urls[0]
     with pytest.raises(RolloutError, match="PARETUNE_VLLM_KEY"):
         Server(url, "wrong", 10).version()
-    with pytest.raises(ServerError, match="Connect call failed"):
+    with pytest.raises(ServerError, match="Connection refused"):
         Server("http://127.0.0.1:9", "", 10).version()
     with pytest.raises(RolloutError, match="refused"):
         Server(url, vllm_workers.key, 10).score([[5, 10**6]])

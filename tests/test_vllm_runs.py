@@ -3,7 +3,10 @@
 import contextlib
 import json
 import os
+import re
+import shlex
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -246,6 +249,35 @@ def test_a_run_survives_its_server_and_stops_with_a_checkpoint_when_it_may_not(t
     wait_until_nothing_is_left(tmp_path / "run")
 
 
+def test_a_worker_says_how_to_use_it_and_a_run_that_loses_it_how_to_go_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("PARETUNE_VLLM_KEY", "a key")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    told = tmp_path / "told"
+    with told.open("wb") as log:
+        arguments = ["worker", "builtin:arithmetic", "--port", port, "--cpu-cache", "0.25"]
+        worker = subprocess.Popen(command("align.cli", *arguments), cwd=ROOT, env=environment(1), stdout=log, stderr=log)
+    try:
+        while not (said := re.search(r"^paretune train \.\.\. (.*)$", told.read_text(errors="replace"), re.MULTILINE)):
+            assert worker.poll() is None
+            time.sleep(0.2)
+        more = ["--rollout.engine.start_timeout=4", "--steps=2000", "--evaluation.every=0", "--checkpoint.every=1000"]
+        process = start(tmp_path / "run", *shlex.split(said[1]), *more)
+        wait_for_rows(tmp_path / "run", 2, process)
+    finally:
+        worker.terminate()
+        worker.wait(60)
+    output = process.communicate(timeout=100)[0]
+    assert process.returncode == 2, output[-3000:]
+    again = f"start it (again) by `paretune worker builtin:arithmetic --port {port}`"
+    assert f"vLLM server http://127.0.0.1:{port}: Connection refused; {again}" in output  # while it was waited for
+    assert again in output.partition("error: ")[2]
+    assert f"paretune train --resume {tmp_path / 'run'}" in output
+    assert list((tmp_path / "run" / "checkpoints").glob("checkpoint-*/paretune.json"))
+    wait_until_nothing_is_left(tmp_path / "run")
+
+
 # --- servers that are not fit -----------------------------------------------------------------------------------------
 
 
@@ -292,7 +324,9 @@ def test_a_server_that_is_not_there_and_one_with_another_key(launch, tmp_path, o
     missing = [VLLM, "--rollout.engine.urls=['http://127.0.0.1:9']", "--rollout.engine.start_timeout=3"]
     result = launch("align.train", *overrides(tmp_path / "run", *missing))
     assert result.returncode == 2
-    assert "http://127.0.0.1:9" in result.stderr
+    what = "http://127.0.0.1:9: Connection refused; start it (again) by `paretune worker builtin:arithmetic --port 9`, "
+    assert f"waiting for a vLLM server: {what}" in result.stdout
+    assert f"error: no vLLM server within rollout.engine.start_timeout: {what}" in result.stderr
     assert "Traceback" not in result.stderr
     monkeypatch.setenv("PARETUNE_VLLM_KEY", "wrong")
     result = launch("align.train", *overrides(tmp_path / "run2", *on_servers))

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -20,8 +21,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from align.load import load_config
 from rollout.workers import LocalWorkers, WorkerError
-from tests.conftest import ROOT, SERVER
+from tests.conftest import QUICKSTART, ROOT, SERVER
 
 MODEL = str(ROOT / "align" / "policies" / "arithmetic")
 OPTIONS = replace(SERVER, model=MODEL)
@@ -34,10 +36,10 @@ STAND_IN = """
         parser.add_argument(name)
     parser.add_argument("--port", type=int)
     options, _ = parser.parse_known_args()
-    if options.model == "broken":
+    if options.model.endswith("broken"):
         print("(APIServer pid=7) INFO 11-21 10:56:31 [api.py:3] An error: not one", flush=True)
         raise OSError("no weights in 'broken'")
-    if options.model == "late":
+    if options.model.endswith("late"):
         time.sleep(600)
     tempfile.mkstemp()
     engine = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -46,8 +48,13 @@ STAND_IN = """
         def do_GET(self):
             allowed = self.headers["Authorization"] == "Bearer " + os.environ["VLLM_API_KEY"]
             status = (503 if engine.poll() else 200) if self.path == "/health" else 200 if allowed else 401
+            body = b'{"data": [{"max_model_len": 128}]}' if status == 200 and self.path == "/v1/models" else b""
             self.send_response(status)
             self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
 
     class Server(http.server.HTTPServer):
         def server_bind(self):
@@ -175,6 +182,18 @@ def _trainer(model: str, count: int, logs: Path) -> tuple[subprocess.Popen, list
     return process, urls, pids
 
 
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _paretune_worker(stand_in: Path, *more: str, model: str = "builtin:arithmetic") -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": f"{stand_in / 'fake'}:{ROOT}"}
+    command = [sys.executable, "-m", "align.cli", "worker", model, *more]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
 # --- with the stand-in --------------------------------------------------------------------------------------------------
 
 
@@ -290,15 +309,16 @@ def test_a_killed_trainer_leaves_nothing(stand_in, scratch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_paretune_worker_serves_with_a_key_and_takes_its_server_along(stand_in, number):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": f"{stand_in / 'fake'}:{ROOT}"}
-    command = [sys.executable, "-m", "align.cli", "worker", "builtin:arithmetic", "--port", str(port)]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, cwd=ROOT) as worker:
-        lines = [worker.stdout.readline() for _ in range(2)]
+    port = _free_port()
+    with _paretune_worker(stand_in, "--port", str(port)) as worker:
+        lines = [worker.stdout.readline() for _ in range(5)]
         url, key = f"http://127.0.0.1:{port}", lines[1].strip().partition("=")[2]
-        _until(lambda: _status(url, "/health") == 200, 20)
+        assert lines[2] == f"ready on {url} (builtin:arithmetic, 128 tokens of context; key in PARETUNE_VLLM_KEY). " + (
+            "Start the trainer with\n"
+        )
+        assert lines[3] == lines[1] == f"export PARETUNE_VLLM_KEY={key}\n"  # shown again, below what vLLM has to say
+        assert lines[4] == f"paretune train ... --rollout.engine='{{type: vllm, urls: [\"{url}\"]}}'\n"
+        assert load_config(QUICKSTART, shlex.split(lines[4])[3:]).rollout.engine.urls == [url]
         assert _status(url, "/v1/models", key) == 200
         tree = psutil.Process(worker.pid).children(recursive=True)
         assert any("vllm.entrypoints.openai.api_server" in process.cmdline() for process in tree)
@@ -308,6 +328,51 @@ def test_paretune_worker_serves_with_a_key_and_takes_its_server_along(stand_in, 
             _until(lambda: not _alive([process.pid for process in tree]), 20)
         finally:
             worker.kill()
+
+
+def test_paretune_worker_names_this_machine_and_no_key_of_the_users(stand_in, monkeypatch):
+    monkeypatch.setenv("PARETUNE_VLLM_KEY", "the-users-own")
+    port = _free_port()
+    with _paretune_worker(stand_in, "--port", str(port), "--host", "0.0.0.0", "--transfer", "nccl") as worker:
+        told = worker.stdout.readline() + worker.stdout.readline()
+        worker.terminate()
+        told += worker.stdout.read()
+    assert told.startswith(f"ready on http://{socket.gethostname()}:{port} (")
+    assert f'urls: ["http://{socket.gethostname()}:{port}"], sync: transfer}}' in told
+    assert "the-users-own" not in told
+
+
+@pytest.mark.parametrize("model", ["broken", "late"])
+def test_paretune_worker_whose_server_ends_early_ends_too_and_says_nothing_of_ready(stand_in, model):
+    with _paretune_worker(stand_in, "--port", str(_free_port()), model=f"someone/{model}") as worker:
+        worker.stdout.readline()
+        if model == "late":
+            time.sleep(3.0)  # it looks for an answer meanwhile
+            worker.terminate()
+        assert "ready" not in worker.stdout.read()
+        assert worker.wait(30) == (0 if model == "late" else 1)
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [
+        ("127.0.0.1", "Address already in use; give another --port, or --host"),
+        ("192.0.2.1", "Cannot assign requested address"),  # of documents, and of no machine
+    ],
+)
+def test_paretune_worker_says_at_once_where_it_cannot_listen(launch, monkeypatch, host, words):
+    """Also where the other one would share its port, as vLLM does: half of all requests would go astray."""
+    monkeypatch.setenv("PARETUNE_VLLM_KEY", "key")
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        result = launch("align.cli", "worker", "builtin:arithmetic", "--host", host, "--port", str(port), timeout=60)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: cannot listen on {host}:{port}: {words}")
+    assert len(result.stderr.splitlines()) == 1
+    assert not result.stdout
 
 
 def test_paretune_worker_listens_elsewhere_with_a_key_only(launch, monkeypatch):
