@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.config import AnySource, Config, ObjectiveConfig
+from align.config import AnySource, Config, ObjectiveConfig, Served
 from rewards.bus import RewardBus
 from rewards.component import load_component, wanted_columns
 from rewards.types import Missing, Objective
@@ -51,7 +51,7 @@ def locate_model(model: str) -> str:
     return str(folder)
 
 
-def locate_policy(config: Config) -> str:
+def locate_policy(config: Config | Served) -> str:
     """Folder or hub name of the policy to train. Raises ValueError when there is none, or none that can be trained."""
     model = locate_model(config.policy.model)
     if is_adapter(model):
@@ -67,20 +67,21 @@ def is_adapter(model: str) -> bool:
     return (Path(model) / "adapter_config.json").is_file()
 
 
-def objectives_of(config: Config) -> list[Objective]:
+def objectives_of(config: Config | Served) -> list[Objective]:
     """The objectives in the order of the configuration, which is the order of the columns."""
     return [
         Objective(name, o.direction == "maximize", o.bounds, Missing(o.missing)) for name, o in config.objectives.items()
     ]
 
 
-def build_bus(config: Config, columns: Sequence[str]) -> RewardBus:
-    """Every reward found and checked against the fields of the data. Raises ValueError that names the objective."""
+def build_bus(config: Config | Served, columns: Sequence[str]) -> RewardBus:
+    """Every reward found, checked against the fields of the data, and ready. Raises ValueError that names the objective."""
     components = {}
     for name, objective in config.objectives.items():
         try:
             rules = objective.calls.model_dump(exclude_none=True)
             components[name] = load_component(objective.reward, objective.args, columns, rules)
+            components[name].ready()
         except ValueError as error:
             raise ValueError(f"objectives.{name}: {error}") from error
     return RewardBus(components, objectives_of(config))
@@ -157,7 +158,7 @@ def _rows(source: AnySource) -> Any:
     return rows_of_function(source.function, source.args)
 
 
-def load_tokenizer(model: str, config: Config) -> tuple["PreTrainedTokenizerBase", int]:
+def load_tokenizer(model: str, config: Config | Served) -> tuple["PreTrainedTokenizerBase", int]:
     """The policy's tokenizer, and the tokens that its context holds. Raises ValueError when they cannot be had."""
     from transformers import AutoConfig, AutoTokenizer
 

@@ -33,8 +33,8 @@ from rollout.types import FinishReason, Prompt, Sample, SampleGroup
 SAMPLE_TEXTS = ("", "The answer is 42.")
 
 
-def check(path: str, processes: int, overrides: Sequence[str]) -> int:
-    """Print the resolved configuration, the batch arithmetic, every reward on sample texts, and warnings.
+def check(path: str, processes: int, overrides: Sequence[str], whole: bool = False) -> int:
+    """Print the batch arithmetic, every reward on sample texts, and warnings; the `whole` resolved configuration first.
 
     Raises:
         ValueError: Something is wrong with it.
@@ -43,8 +43,9 @@ def check(path: str, processes: int, overrides: Sequence[str]) -> int:
     config = load_config(path, overrides)
     plan = make_plan(config, processes)
     check_engine(config)
-    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110), end="")
-    print(f"\nbatch: {config.rollout.prompts_per_batch} prompts x {config.rollout.samples_per_prompt} samples = "
+    if whole:
+        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110))
+    print(f"batch: {config.rollout.prompts_per_batch} prompts x {config.rollout.samples_per_prompt} samples = "
           f"{plan.samples_per_batch}; {plan.samples_per_process} per process, in {plan.passes_per_batch} pass(es) of "
           f"{plan.micro_batch_size}; {plan.accumulation} pass(es) per update")  # fmt: skip
     print(f"run:   {config.steps} steps = {plan.batches} batches, {plan.prompts} prompts, "

@@ -50,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     add_train_arguments(train)
     check = command("check", _check, "Say what a configuration would do, and what is wrong with it; loads no model.", True)
     check.add_argument("config", metavar="FILE")
+    check.add_argument("--print", action="store_true", help="print the whole configuration as well, with all defaults")
     check.add_argument("--processes", type=int, default=1, help="learner processes to plan for (default: 1)")
     evaluate = command("eval", _evaluate, "Evaluate checkpoints of a run, or any model, on the held-out prompts.", True)
     evaluate.add_argument("target", metavar="RUN|MODEL", help="run folder, model folder, or hub name")
@@ -75,7 +76,7 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 def _check(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from align.check import check
 
-    return check(options.config, options.processes, overrides)
+    return check(options.config, options.processes, overrides, options.print)
 
 
 def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:

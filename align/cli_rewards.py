@@ -14,7 +14,7 @@ def add_rewards_arguments(parser: argparse.ArgumentParser) -> None:
     def command(name: str, act: Callable[..., int], text: str) -> Callable[..., Any]:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(act=act)
-        sub.add_argument("config", metavar="FILE", help="configuration (YAML)")
+        sub.add_argument("config", metavar="FILE", help="YAML: a configuration, or `objectives` alone")
         return sub.add_argument
 
     add = command("try", try_rewards, "Score texts by hand and print a table; no policy is loaded.")

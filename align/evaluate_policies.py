@@ -80,14 +80,14 @@ def _evaluate(policy: Policy, config: Config) -> "Summary":
 
     tokenizer, context = load_tokenizer(policy.path, config)
     prompts = load_prompts(config, tokenizer, context)
-    model = _load(policy.path, config).to("cuda" if torch.cuda.is_available() else "cpu")
-    stop = model.generation_config.eos_token_id
-    stop = [stop] if isinstance(stop, int) else list(stop or [])
-    engine = config.rollout.engine  # whatever trained, checkpoints are sampled by transformers
-    batch_size = engine.batch_size if engine.type == "transformers" else engine.max_concurrent
-    sampler = LocalSampler(lambda: _lend(model), tokenizer, sorted({*stop, tokenizer.eos_token_id}), batch_size)
-    params = evaluation_params(config, Place())
     with closing(build_bus(config, prompts.columns)) as bus:
+        model = _load(policy.path, config).to("cuda" if torch.cuda.is_available() else "cpu")
+        stop = model.generation_config.eos_token_id
+        stop = [stop] if isinstance(stop, int) else list(stop or [])
+        engine = config.rollout.engine  # whatever trained, checkpoints are sampled by transformers
+        batch_size = engine.batch_size if engine.type == "transformers" else engine.max_concurrent
+        sampler = LocalSampler(lambda: _lend(model), tokenizer, sorted({*stop, tokenizer.eos_token_id}), batch_size)
+        params = evaluation_params(config, Place())
         score = partial(score_together, bus, config=config.scoring, pause=lambda: None, stop=lambda: False)
         evaluation = evaluate(sampler, score, prompts.evaluation, params, step=0)
     return summarize(evaluation.raw_PGK, objectives_of(config))

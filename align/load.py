@@ -43,6 +43,14 @@ def load_objectives(path: str, overrides: Sequence[str] = ()) -> dict[str, Objec
     return _parse(Served, objectives, path).objectives
 
 
+def load_trial(path: str, overrides: Sequence[str] = ()) -> Config | Served:
+    """A whole configuration, or of a file without prompts what `Served` has. Raises ConfigError as `load_config` does."""
+    data = _read(path, overrides)
+    if not isinstance(data, dict) or "prompts" in data:
+        return parse_config(data, path)
+    return _parse(Served, {name: data[name] for name in Served.model_fields if name in data}, path)
+
+
 def _read(path: str, overrides: Sequence[str]) -> Any:
     if not Path(path).is_file():
         raise ConfigError(f"no configuration at {path!r}: give the path of a YAML file, for example configs/quickstart.yaml")

@@ -6,6 +6,8 @@ import numpy as np
 
 from rewards.types import NO_VALUE, OUTSIDE, Missing, Objective, RewardMatrix
 
+BY_HAND = ": without a single value there is nothing to go on with (`paretune rewards try` scores texts by hand)"
+
 
 class MissingRewardError(RuntimeError):
     """A value is missing, and the objective's policy is to stop."""
@@ -32,15 +34,16 @@ def refuse_missing(matrix: RewardMatrix, limit: float) -> None:
         if objective.missing is Missing.FAIL and len(rows):
             reason = matrix.errors.get((int(rows[0]), k), "no reason was recorded")
             bounds = f" or objectives.{objective.name}.bounds" if OUTSIDE in reason else ""
+            key = f"--objectives.{objective.name}.missing"
+            way_out = f", or say what a missing value does: {key}=drop_sample (or drop_group, neutral)"
             raise MissingRewardError(
                 f"objective {objective.name!r} has no value for {len(rows)} of {len(matrix.raw_NK)} samples; the first: "
-                f"{reason}. Mend the reward{bounds}, or say what a missing value does: "
-                f"--objectives.{objective.name}.missing=drop_sample (or drop_group, neutral)"
+                f"{reason}. Mend the reward{bounds}{BY_HAND if len(rows) == len(matrix.raw_NK) else way_out}"
             )
     if sentences := failing(matrix, limit):
-        raise MissingRewardError(
-            f"{'; '.join(sentences.values())}. Mend the reward, or let more of it fail: --scoring.max_failed (now {limit:g})"
-        )
+        way_out = f", or let more of it fail: --scoring.max_failed (now {limit:g})"
+        whole = any(matrix.missing_NK[:, k].all() for k, o in enumerate(matrix.objectives) if o.name in sentences)
+        raise MissingRewardError(f"{'; '.join(sentences.values())}. Mend the reward{BY_HAND if whole else way_out}")
 
 
 def unmeasured(matrix: RewardMatrix) -> dict[str, str]:

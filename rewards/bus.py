@@ -1,6 +1,7 @@
 """The reward bus: runs every component over the samples and collects one checked value per cell."""
 
 import math
+import time
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 
@@ -9,6 +10,8 @@ import numpy as np
 from rewards.execution import Component, Permanent, Scores
 from rewards.types import NO_VALUE, OUTSIDE, Objective, RewardMatrix
 from rollout.types import SampleGroup
+
+LONGEST_MESSAGE = 500  # characters of an error's that are kept
 
 
 class RewardBus:
@@ -27,6 +30,8 @@ class RewardBus:
         self._components = components
         self._objectives = objectives
         self.latest: dict[str, Scores] = {}  # of the latest call, by objective
+        self._ended = 0.0  # when that one did
+        self._pauses: list[float] = []  # seconds before what failed was scored again
 
     def score(self, groups: Sequence[SampleGroup]) -> RewardMatrix:
         """Score all samples of the groups; rows are in the order of the groups.
@@ -40,6 +45,7 @@ class RewardBus:
 
     def score_again(self, groups: Sequence[SampleGroup], matrix: RewardMatrix, names: Sequence[str]) -> RewardMatrix:
         """A matrix of these groups, with those cells scored once more that failed on the objectives named."""
+        self._pauses.append(time.perf_counter() - self._ended)
         failed = {
             objective.name: sorted(n for n, column in matrix.errors if column == k)
             for k, objective in enumerate(self._objectives)
@@ -63,6 +69,7 @@ class RewardBus:
         errors = {(n, k): why for (n, k), why in matrix.errors.items() if self._objectives[k].name not in rows}
         waits = {name: self._components[name].start(groups, some) for name, some in rows.items()}
         self.latest = {name: wait() for name, wait in waits.items()}
+        self._ended = time.perf_counter()
         for k, objective in enumerate(self._objectives):
             if objective.name in rows:
                 some = rows[objective.name]
@@ -72,8 +79,12 @@ class RewardBus:
         return RewardMatrix(self._objectives, raw_NK, errors)
 
     def timings(self) -> dict[str, float]:
-        """Seconds of the latest scoring by objective: in all, and the median and the 95th percentile of its calls."""
-        found = {}
+        """Seconds of the latest scoring by objective: in all, and the median and the 95th percentile of its calls.
+
+        And how often and for how many seconds it was waited, since the last call, before what failed was scored again.
+        """
+        pauses, self._pauses = self._pauses, []
+        found = {"time/pauses": float(len(pauses)), "time/paused": sum(pauses)} if pauses else {}
         for name, scores in self.latest.items():
             found[f"time/reward/{name}"] = scores.seconds
             for label, share in (("median", 0.5), ("p95", 0.95)):
@@ -101,7 +112,7 @@ def _check(value: object, bounds: tuple[float, float]) -> tuple[float, str]:
     if value is None:
         return math.nan, NO_VALUE
     if isinstance(value, Exception):
-        return math.nan, f"{type(value).__name__}: {value}".encode(errors="replace").decode()  # it goes to a file
+        return math.nan, _reason(value)
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -111,3 +122,10 @@ def _check(value: object, bounds: tuple[float, float]) -> tuple[float, str]:
     if not bounds[0] <= number <= bounds[1]:
         return math.nan, f"{number:g} {OUTSIDE} [{bounds[0]:g}, {bounds[1]:g}]"
     return number, ""
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, and the last of its notes, which is where it was raised."""
+    parts = [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())[-1:]]
+    short = [part if len(part) <= LONGEST_MESSAGE else part[: LONGEST_MESSAGE - 3] + "..." for part in parts]
+    return " ".join(short).encode(errors="replace").decode()  # it goes to a file

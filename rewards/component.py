@@ -12,11 +12,15 @@ It returns a number, or None when there is no value. A function with a `completi
 form: called for many samples at once with lists of `prompts`, `completions` (both as text) and of every data field. One
 with a `groups` argument gets whole sample groups, and answers with the values of all their samples in a row. Any of
 them may be a coroutine function.
+
+An object may have a method `ready`, called once before a run loads anything, which raises ValueError when what the reward
+needs elsewhere is not there, and a method `close`; either may be asynchronous.
 """
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from functools import partial
 from math import inf
 from pkgutil import resolve_name
@@ -24,7 +28,9 @@ from typing import Any
 
 from rewards.calls import OF_A_SAMPLE, Batched, CallRules, Form, Grouped, Isolation, PerSample
 from rewards.execution import Asynchronous, Component, Concurrent, Inline, Processes, Threads
+from rollout.types import FinishReason, Prompt, Sample, SampleGroup
 
+NOTHING = SampleGroup(Prompt("", "", (), {}), (Sample((), (), FinishReason.STOP, 0, ""),))
 MANY_AT_ONCE = {"completions": Batched, "groups": Grouped}  # argument -> form
 DEFAULTS = {
     Isolation.INLINE: CallRules(Isolation.INLINE, concurrency=1, batch_size=0, timeout=inf, retries=0),
@@ -93,7 +99,7 @@ def load_component(reward: str, args: Mapping[str, Any], columns: Sequence[str],
 
     Raises:
         ValueError: It cannot be imported, is not callable, wants an argument that nobody provides, or cannot be called
-            by those rules.
+            by those rules; or it is a built-in one that cannot use its args.
     """
     found = find_reward(reward)
     parameters = _parameters(reward, found, args)
@@ -101,6 +107,8 @@ def load_component(reward: str, args: Mapping[str, Any], columns: Sequence[str],
     chosen = _rules(reward, inspect.iscoroutinefunction(_called(found)), batched is not None, rules)
     form: Form = batched(chosen.batch_size) if batched else PerSample(_wanted(reward, parameters, columns))
     make = Recipe(reward, args)
+    if reward in BUILT_IN and inspect.isfunction(found) and not set(parameters) & (set(columns) - set(OF_A_SAMPLE)):
+        _try_on_nothing(reward, make, form)
     match chosen.isolation:
         case Isolation.INLINE:
             return Inline(make(), form)
@@ -112,23 +120,46 @@ def load_component(reward: str, args: Mapping[str, Any], columns: Sequence[str],
             return Concurrent(Asynchronous(make(), chosen.timeout), form, chosen)
 
 
+def open_arguments(reward: str, args: Mapping[str, Any]) -> list[str]:
+    """Names of the arguments of a reward that `args` leave open. Raises ValueError as `load_component` does."""
+    return list(_parameters(reward, find_reward(reward), args))
+
+
 def wanted_columns(reward: str, args: Mapping[str, Any]) -> list[str]:
     """Arguments of a reward that only fields of the data can provide. Raises ValueError as `load_component` does."""
-    parameters = _parameters(reward, find_reward(reward), args)
-    return [name for name in parameters if name not in (*OF_A_SAMPLE, *MANY_AT_ONCE)]
+    return [name for name in open_arguments(reward, args) if name not in (*OF_A_SAMPLE, *MANY_AT_ONCE)]
 
 
 def find_reward(reward: str) -> Callable[..., Any]:
     """The function or class behind a built-in name or `module:attribute`. Raises ValueError when there is none."""
     if ":" not in reward and reward not in BUILT_IN:
-        raise ValueError(f"no built-in reward {reward!r}: there are {', '.join(BUILT_IN)}; your own is `module:function`")
+        hint = _did_you_mean(reward, BUILT_IN) or f"; there are: {', '.join(BUILT_IN)}."
+        raise ValueError(f"no built-in reward {reward!r}{hint} Your own is `module:function`")
     try:
         function = resolve_name(BUILT_IN[reward].path if reward in BUILT_IN else reward)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"reward {reward!r} cannot be imported from the current folder or environment: {error}") from error
+        public = [name for name in dir(getattr(error, "obj", None)) if not name.startswith("_")]
+        hint = _did_you_mean(getattr(error, "name", None) or "", public)
+        raise ValueError(
+            f"reward {reward!r} cannot be imported from the current folder or environment: {error}{hint}"
+        ) from error
     if not callable(function):
         raise ValueError(f"reward {reward!r} is a {type(function).__name__}, not a function or class")
     return function
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _try_on_nothing(reward: str, make: Recipe, form: Form) -> None:
+    """Call a function on an empty completion. Raises ValueError where it cannot be called: its args are at fault."""
+    (call,) = form.calls([NOTHING], [0])
+    try:
+        make()(**call.arguments)
+    except Exception as error:
+        raise ValueError(f"reward {reward!r} cannot use args {dict(make.args)!r:.200}: {error}") from error
 
 
 def _called(found: Callable[..., Any]) -> Callable[..., Any]:

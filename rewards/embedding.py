@@ -51,7 +51,7 @@ class Similarity:
         where = check_run(0, batch_size, device, dtype)
         self._target = target
         self._batch_size = batch_size
-        self._encoder = _load(model or _packaged(), revision, where, dtype)
+        self._encoder = _load(model or packaged(), revision, where, dtype)
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], **columns: Any) -> list[float | Exception]:
         """One value per sample; ValueError in the place of one whose target is empty or no text."""
@@ -98,7 +98,7 @@ def _value(one_D: np.ndarray, other_D: np.ndarray) -> float | Exception:
     return float(np.clip(cosine, 0.0, 1.0))
 
 
-def _packaged() -> str:
+def packaged() -> str:
     spec = find_spec(PACKAGED)  # finds the folder and runs nothing of the package
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"no model is given and the packaged one is not installed: {WAY_OUT}, or give `model`")

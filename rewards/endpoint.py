@@ -1,5 +1,6 @@
 """Requests to other services: JSON over HTTP, with a key from the environment, one connection pool per reward."""
 
+import asyncio
 import json
 import os
 import re
@@ -16,6 +17,8 @@ from rewards.execution import Later, Permanent
 
 LONGEST_REASON = 300  # characters of an answer that are quoted in an error
 CONNECT_TIMEOUT = 30.0  # seconds; how long an answer may take is decided by who calls
+READY_TIMEOUT = 30.0  # seconds in which a service must show that it is there
+AWAY = (502, 503, 504)  # statuses of a service that starts, or of the proxy before one that is not there
 WORTH_ANOTHER_TRY = (408, 409, 425, 429)  # of the statuses that put the blame on the request
 
 # Spellings of control tokens: `<|im_end|>`, `<|turn>`, `<turn|>`, their full-width form, `</s>`, `<end_of_turn>`, `[/INST]`.
@@ -72,10 +75,7 @@ class Endpoint:
             ConnectionError: Nobody answers.
         """
         if not self._sessions:
-            connector = aiohttp.TCPConnector(limit=0)  # how many at once is decided by who calls
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT)
-            session = aiohttp.ClientSession(headers=self._headers, connector=connector, timeout=timeout, trust_env=True)
-            self._sessions.append(session)
+            self._sessions.append(self._open())
         where = self.url + route
         try:
             async with self._sessions[0].post(where, json=body) as answer:
@@ -88,6 +88,22 @@ class Endpoint:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
             raise EndpointError(f"{where} did not answer with JSON: {self.quote(text)!r}") from error
+
+    async def find(self, route: str, way_out: str) -> int:
+        """The status that a GET is answered with, whatever it is: somebody is there. Raises ValueError where nobody is."""
+        try:
+            async with asyncio.timeout(READY_TIMEOUT), self._open() as session, session.get(self.url + route) as answer:
+                if answer.status not in AWAY:
+                    return answer.status
+                why = f"{route} answered {answer.status}"
+        except (aiohttp.ClientError, TimeoutError) as error:
+            why = f"{type(error).__name__} {error}".strip()
+        raise ValueError(f"there is no service at {self.url} ({why}): {way_out}")
+
+    def _open(self) -> aiohttp.ClientSession:
+        connector = aiohttp.TCPConnector(limit=0)  # how many at once is decided by who calls
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT)
+        return aiohttp.ClientSession(headers=self._headers, connector=connector, timeout=timeout, trust_env=True)
 
     def quote(self, text: str) -> str:
         """The beginning of an answer, for an error; without the key, should the service have repeated it."""

@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import signal
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from multiprocessing import get_context
+from pathlib import Path
+from traceback import walk_tb
+from types import FrameType
 from typing import Any, Protocol
 
 from pebble import ProcessExpired, ProcessPool
@@ -23,6 +27,8 @@ BACKOFF = (0.5, 30.0)  # seconds before a call is made again: the first wait, do
 ABANDONED = 64  # threads that may go on in vain before no more are started
 PATIENCE = 60.0  # seconds that a service may ask for before it is called again
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+OURS = ("align", "rewards", "rollout")
+STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 
 
 class Permanent(Exception):
@@ -61,6 +67,10 @@ class Component(Protocol):
 
     retries: int
 
+    def ready(self) -> None:
+        """Raise ValueError when what it needs elsewhere is not there. Asked once, before anything waits for values."""
+        ...
+
     def start(self, groups: Sequence[SampleGroup], rows: Collection[int]) -> Callable[[], Scores]:
         """Begin to score rows (they count the samples of all groups, and ascend); call the result to wait for it."""
         ...
@@ -83,6 +93,10 @@ class Inline:
         self._function = function
         self._form = form
 
+    def ready(self) -> None:
+        """See `Component`."""
+        _tell(self._function, "ready")
+
     def start(self, groups: Sequence[SampleGroup], rows: Collection[int]) -> Callable[[], Scores]:
         """See `Component`."""
         return lambda: self._score(groups, rows)
@@ -93,13 +107,13 @@ class Inline:
             try:
                 values += self._form.values(call, self._function(**call.arguments))
             except Exception as error:  # a reward is other people's code: the boundary is here
-                values += [error] * len(call.rows)
+                values += [_placed(error)] * len(call.rows)
             times.append(time.perf_counter())
         return Scores(values, times[-1] - times[0], [after - before for before, after in pairwise(times)])
 
     def close(self) -> None:
         """See `Component`."""
-        _close(self._function)
+        _tell(self._function, "close")
 
 
 class Invoker(Protocol):
@@ -107,6 +121,10 @@ class Invoker(Protocol):
 
     def __call__(self, arguments: Mapping[str, Any]) -> Coroutine[Any, Any, Any]:
         """The reward's answer. Raises what it raises, and TimeoutError when it takes too long."""
+        ...
+
+    def ready(self) -> None:
+        """See `Component`."""
         ...
 
     def close(self) -> None:
@@ -128,6 +146,10 @@ class Concurrent:
         self._invoke = invoke
         self._form = form
         self._rules = rules
+
+    def ready(self) -> None:
+        """See `Component`."""
+        self._invoke.ready()
 
     def start(self, groups: Sequence[SampleGroup], rows: Collection[int]) -> Callable[[], Scores]:
         """See `Component`."""
@@ -166,7 +188,7 @@ class Concurrent:
                 failure, asked = error, error.seconds
             except Exception as error:  # as above
                 failure = error
-        return [failure] * len(call.rows)
+        return [_placed(failure)] * len(call.rows)
 
     def close(self) -> None:
         """See `Component`."""
@@ -190,9 +212,13 @@ class Asynchronous:
         async with asyncio.timeout(self._timeout):
             return await self._function(**arguments)
 
+    def ready(self) -> None:
+        """See `Invoker`."""
+        _tell(self._function, "ready")
+
     def close(self) -> None:
         """See `Invoker`."""
-        _close(self._function)
+        _tell(self._function, "close")
 
 
 class Threads:
@@ -233,9 +259,13 @@ class Threads:
         except BaseException as error:
             answer.set_exception(error)
 
+    def ready(self) -> None:
+        """See `Invoker`."""
+        _tell(self._function, "ready")
+
     def close(self) -> None:
         """See `Invoker`."""
-        _close(self._function)
+        _tell(self._function, "close")
 
 
 class Processes:
@@ -259,6 +289,9 @@ class Processes:
         timeout = None if self._rules.timeout == float("inf") else self._rules.timeout
         return await asyncio.wrap_future(self._pool[0].schedule(_call, args=(dict(arguments),), timeout=timeout))
 
+    def ready(self) -> None:
+        """See `Invoker`: there is no reward here to ask."""
+
     def close(self) -> None:
         """See `Invoker`."""
         for pool in self._pool:
@@ -279,7 +312,11 @@ def _start(make: Callable[[], Callable[..., Any]]) -> None:
 
 
 def _call(arguments: Mapping[str, Any]) -> Any:
-    return _here[0](**arguments)
+    try:
+        return _here[0](**arguments)
+    except Exception as error:
+        _placed(error)  # notes travel to the other process, tracebacks do not
+        raise
 
 
 @cache
@@ -294,9 +331,29 @@ def in_loop(work: Coroutine[Any, Any, Any]) -> Future[Any]:
     return asyncio.run_coroutine_threadsafe(work, _loop())
 
 
-def _close(function: Any) -> None:
-    """Close a reward that is an object with `close`, which may be asynchronous."""
-    if close := getattr(function, "close", None):
-        closing = close()
-        if asyncio.iscoroutine(closing):
-            in_loop(closing).result()
+def _tell(function: Any, method: str) -> None:
+    """Call a method without arguments, which may be asynchronous, of a reward that is an object with it."""
+    if callable(act := getattr(function, method, None)):
+        acting = act()
+        if asyncio.iscoroutine(acting):
+            in_loop(acting).result()
+
+
+def _placed(error: Exception) -> Exception:
+    """The error, with a note of where the user's code raised it, or called what did: the innermost such place, if any."""
+    places = [
+        f"({Path(frame.f_code.co_filename).name}:{line})"
+        for frame, line in walk_tb(error.__traceback__)
+        if _is_of_the_user(frame)
+    ]
+    if places and places[-1] not in getattr(error, "__notes__", ()):  # one object may be raised again and again
+        error.add_note(places[-1])
+    return error
+
+
+def _is_of_the_user(frame: FrameType) -> bool:
+    """Whether a frame runs neither our code nor Python's own, nor what is installed."""
+    path = Path(frame.f_code.co_filename)
+    if str(frame.f_globals.get("__name__", "")).partition(".")[0] in OURS or not path.is_absolute():
+        return False
+    return not (path.is_relative_to(STANDARD_LIBRARY) or {"site-packages", "dist-packages"} & set(path.parts))

@@ -20,7 +20,7 @@ from typing import Any
 from rewards.endpoint import Endpoint, EndpointError
 from rollout.types import FinishReason, Prompt, Sample, SampleGroup
 
-SCORE = "/v1/score"
+SCORE, OBJECTIVES = "/v1/score", "/v1/objectives"
 
 
 class RemoteReward:
@@ -44,6 +44,12 @@ class RemoteReward:
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise EndpointError(f"{self._endpoint.url}{SCORE} answered without values: {answer!r:.200}") from error
         return [RemoteError(errors[str(n)]) if str(n) in errors else value for n, value in enumerate(values)]
+
+    async def ready(self) -> None:
+        """Raise ValueError when the service is not there, or has another key."""
+        way_out = "start it by `paretune rewards serve`, or mend `url`"
+        if await self._endpoint.find(OBJECTIVES, way_out) == 401:
+            raise ValueError(f"{self._endpoint.url} has another key: give the one that it was started with (key_variable)")
 
     async def close(self) -> None:
         """Close the connections."""

@@ -120,6 +120,10 @@ class Judge:
         except EndpointError as error:
             raise type(error)(self._endpoint.quote(str(error))) from error
 
+    async def ready(self) -> None:
+        """Raise ValueError when nobody is there."""
+        await self._endpoint.find("/models", "start the server, or mend `url`")
+
     async def close(self) -> None:
         """Close the connections."""
         await self._endpoint.close()

@@ -148,6 +148,10 @@ class Pooling:
             raise ValueError(f"the model has {len(numbers)} outputs, counted from 0, so that there is no head {self._head}")
         return float(numbers[self._head or 0])
 
+    async def ready(self) -> None:
+        """Raise ValueError when nobody is there."""
+        await self._endpoint.find("/health", "start the server, or mend `url`")
+
     async def close(self) -> None:
         """Close the connections."""
         await self._endpoint.close()

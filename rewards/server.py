@@ -9,7 +9,7 @@ from typing import Any
 from aiohttp import web
 
 from rewards.bus import RewardBus
-from rewards.http import SCORE, from_json
+from rewards.http import OBJECTIVES, SCORE, from_json
 from rewards.types import Objective, RewardMatrix
 from rollout.types import SampleGroup
 
@@ -92,5 +92,5 @@ def make_app(buses: Mapping[str, tuple[Objective, RewardBus]], key: str) -> web.
         return web.json_response({"values": values, "errors": {str(n): why for (n, _), why in matrix.errors.items()}})
 
     app = web.Application(middlewares=[guard], client_max_size=LARGEST_REQUEST)
-    app.add_routes([web.get("/health", health), web.get("/v1/objectives", objectives), web.post(SCORE, score)])
+    app.add_routes([web.get("/health", health), web.get(OBJECTIVES, objectives), web.post(SCORE, score)])
     return app

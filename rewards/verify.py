@@ -251,16 +251,14 @@ def math_answer(text: str, answer: str | float, worked_out: bool = True) -> floa
             worked out (`48/2+48`), not `2^{10}`, and no fraction in the place of an integer.
 
     Raises:
-        ValueError: The stated answer cannot be parsed.
+        ValueError: math-verify cannot read the stated answer, so that no text could have it (a word it reads as a product).
         RuntimeError: math-verify did not come to an end, or is in a thread, where it cannot keep its time.
     """
     if threading.current_thread() is not threading.main_thread():
         raise RuntimeError("math-verify keeps its time by signals, which no thread gets: leave `isolation` at process")
     if answer is None or answer != answer:
         raise ValueError(f"there is no stated answer: {answer!r}")
-    wanted = _expressions(_stated(stated_answer(str(answer))))
-    if not wanted:
-        raise ValueError(f"the stated answer {answer!r:.80} cannot be parsed")
+    wanted = _wanted(str(answer))
     given = _given(text)
     found = _expressions(given) if _nesting(given) <= _DEEPEST_ANSWER else []
     if not found or (worked_out and not _as_plain(wanted, found)):
@@ -268,9 +266,20 @@ def math_answer(text: str, answer: str | float, worked_out: bool = True) -> floa
     return float(_equal(wanted, found))
 
 
+@lru_cache(maxsize=1024)
+def _wanted(answer: str) -> list[Any]:
+    """What math-verify reads in a stated answer. Raises ValueError where that is nothing that another answer could equal."""
+    wanted = _expressions(_stated(stated_answer(answer)))
+    if all(isinstance(part, str) for part in wanted) or not _equal(wanted, wanted):
+        raise ValueError(
+            f"the stated answer {answer!r:.80} cannot be read by math-verify: mend the row, or compare texts by exact_match"
+        )
+    return wanted
+
+
 def _stated(answer: str) -> str:
     box = _last_box(answer)
-    marked = any(mark in answer for mark in ("$", "\\(", "\\["))
+    marked = any(mark in answer.replace("\\$", "") for mark in ("$", "\\(", "\\["))
     return answer if marked and box is None else _marked(answer if box is None else box)
 
 

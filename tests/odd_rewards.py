@@ -1,6 +1,7 @@
 """Rewards that wait, hang, die, or count; those of the tests of where rewards run."""
 
 import asyncio
+import json
 import os
 import re
 import threading
@@ -70,6 +71,24 @@ class Unpicklable(Exception):
     """Holds a function that has no name."""
 
 
+def stumbles(text: str) -> float:
+    """Fails in Python's own code, and says what it was given."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise LookupError(f"no number: {text}") from error
+
+
+async def stumbles_async(text: str) -> float:
+    """The same, in an event loop."""
+    return stumbles(text)
+
+
+def falls(text: str) -> float:
+    """Fails in Python's own code."""
+    return json.loads(text)
+
+
 def flaky(text: str) -> float:
     """Fails as often as the text says, then answers."""
     with lock:
@@ -108,10 +127,31 @@ class WhereMade:
         return 0.5
 
 
+class Absent:
+    """Needs something that is not there."""
+
+    def __call__(self, text: str) -> float:
+        return 0.5
+
+    def ready(self) -> None:
+        raise ValueError("it is not there")
+
+
+class AbsentAsync:
+    """The same, in an event loop."""
+
+    async def __call__(self, text: str) -> float:
+        return 0.5
+
+    async def ready(self) -> None:
+        Absent().ready()
+
+
 class Connected:
     """Has something to close, in the event loop."""
 
     closed = 0
+    ready = True  # of its own, and no method
 
     async def __call__(self, text: str) -> float:
         return 0.5

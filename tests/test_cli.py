@@ -2,14 +2,16 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from align.guard import DISTRIBUTION, ImportGuardError, _check_owners
-from align.launch import asked_for_several, processes_of
+from align.launch import asked_for_several, launcher_options, processes_of
 from tests.conftest import QUICKSTART, ROOT
 
 
@@ -45,6 +47,14 @@ def test_check_is_quick_and_loads_no_torch():
     assert result.stdout.endswith("False\n")
     for part in ("16 prompts x 8 samples = 128", "held out: 256 prompts", "clarity", "quickstart.yaml: ok"):
         assert part in result.stdout
+    assert result.stdout.startswith("batch: ")
+
+
+def test_check_prints_the_whole_configuration_when_asked_to():
+    result = paretune("check", QUICKSTART, "--print")
+    printed, _, rest = result.stdout.partition("\n\nbatch: ")
+    assert yaml.safe_load(printed)["scoring"] == {"max_failed": 0.5, "pauses": 20, "pause": 30.0}
+    assert "quickstart.yaml: ok" in rest
 
 
 def test_check_plans_for_several_processes():
@@ -60,13 +70,22 @@ def test_check_tries_every_reward(tmp_path: Path):
     assert good.returncode == 0, good.stderr
     bad = paretune("check", QUICKSTART, "--objectives.accuracy.reward=my_rewards:fragile", cwd=tmp_path)
     assert bad.returncode == 2
-    assert "ZeroDivisionError: division by zero" in bad.stdout
+    assert "missing: ZeroDivisionError: division by zero (my_rewards.py:1)\n" in bad.stdout
     assert "objectives.accuracy: the reward gave no value for a sample text" in bad.stderr
     tolerated = "--objectives.accuracy.missing=drop_sample"
     assert (
         paretune("check", QUICKSTART, "--objectives.accuracy.reward=my_rewards:fragile", tolerated, cwd=tmp_path).returncode
         == 0
     )
+
+
+def test_check_shows_an_answer_of_the_data_that_cannot_be_read(tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1+1=?", "answer": "½?", "expression": "1+1"}\n')
+    rows = "={type: file, path: " + str(tmp_path / "rows.jsonl") + "}"
+    changes = (f"--prompts.train{rows}", f"--prompts.evaluation{rows}", "--objectives.accuracy.reward=math_answer")
+    result = paretune("check", QUICKSTART, *changes)
+    assert result.returncode == 2
+    assert "missing: ValueError: the stated answer '½?' cannot be read by math-verify: mend the row" in result.stdout
 
 
 def test_check_of_a_hub_model_downloads_nothing():
@@ -167,3 +186,22 @@ def test_the_launchers_silence_about_cpu_processes_is_noticed():
     assert processes_of(command) == 2
     assert processes_of(["accelerate", "launch", "--num-processes=3", "-m", "align.train"]) == 3
     assert processes_of(["accelerate", "launch", "-m", "align.train"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("python /x/accelerate launch --config_file 'a b.yaml' -m align.train --config x", " --config_file 'a b.yaml'"),
+        ("python -m accelerate.commands.launch --cpu --num_processes 2 -m align.train", " --cpu --num_processes 2"),
+        ("python '/a b/accelerate' launch -m align.train --resume x", ""),
+        ("accelerate-launch --num_processes 2 -m align.train", " --num_processes 2"),
+        ("python -m torch.distributed.run --nproc_per_node 2 -m align.train", None),
+        ("accelerate launch -m align.trainer", None),
+        ("python -m align.train --output=accelerate", None),
+    ],
+)
+def test_what_the_launcher_was_told_is_known(command, options):
+    assert launcher_options([["bash"], shlex.split(command), ["accelerate", "launch", "-m", "align.train"]]) == (
+        "" if options is None else options
+    )
+    assert launcher_options([shlex.split(command)]) == options

@@ -59,6 +59,8 @@ def test_overrides_reach_every_depth_and_kind():
 
 
 BAD = [  # override, what the message must say
+    ("--objectives.accuracy.weight=2", r"objectives.accuracy: an objective has no weight of its own: .*weighting\.weights$"),
+    ("--objectives.accuracy.wait=2", r"objectives.accuracy: unknown key 'wait'; there are: reward, args, .*, missing$"),
     ("--weightin.type=fixed", r"unknown key 'weightin'; did you mean 'weighting'\?"),
     ("--rollout.prompts_per_bach=2", r"rollout: unknown key 'prompts_per_bach'; did you mean 'prompts_per_batch'\?"),
     ("--steps=lots", "steps: 'lots' is not valid: input should be a valid integer"),

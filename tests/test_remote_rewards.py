@@ -134,6 +134,45 @@ def test_nobody_there_is_a_connection_error(remote):
     assert matrix.errors[0, 0].startswith("ConnectionError: http://127.0.0.1:9/v1/score")
 
 
+REMOTE, JUDGE = {"objective": "o", "key_variable": ""}, {"model": "m", "rubric": "is it?", "key_variable": ""}
+
+
+@pytest.mark.parametrize(("reward", "args"), [("remote", REMOTE), ("judge", JUDGE), ("pooling", {"model": "m"})])
+def test_a_service_that_is_not_there_is_said_when_asked_for(reward, args, monkeypatch):
+    def ready(url: str) -> None:
+        load_component(reward, {"url": url} | args, [], {}).ready()
+
+    way_out = r".*: start (it by `paretune rewards serve`|the server), or mend `url`$"
+    with pytest.raises(ValueError, match=f"^there is no service at http://127.0.0.1:9 .*127.0.0.1:9{way_out}"):
+        ready("http://127.0.0.1:9")
+    with running(web.Application()) as url:  # it answers 404: somebody is there
+        ready(url)
+    for answer, reason in ((behind_a_proxy, "answered 502"), (silent, "TimeoutError")):
+        monkeypatch.setattr("rewards.endpoint.READY_TIMEOUT", 0.2)
+        app = web.Application()
+        app.add_routes([web.get("/{any:.*}", answer)])
+        with running(app) as url, pytest.raises(ValueError, match=f"{reason}.*{way_out}"):
+            ready(url)
+
+
+async def behind_a_proxy(request):
+    return web.Response(status=502)
+
+
+async def silent(request):
+    await asyncio.sleep(1)
+
+
+def test_a_wrong_key_is_said_when_asked_for(monkeypatch):
+    monkeypatch.setenv("PARETUNE_REWARDS_KEY", KEY)
+    with running(served(right=bus_of("numeric_answer", ["answer"]))) as url:
+        load_component("remote", {"url": url, "objective": "right"}, [], {}).ready()
+        monkeypatch.setenv("PARETUNE_REWARDS_KEY", "another")
+        component = load_component("remote", {"url": url, "objective": "right"}, [], {})
+        with pytest.raises(ValueError, match=f"^{url} has another key"):
+            component.ready()
+
+
 def test_a_wrong_key_and_a_wrong_name_are_told_apart(remote, monkeypatch):
     with running(served(right=bus_of("numeric_answer", ["answer"]))) as url:
         assert "no objective 'rihgt'; there are right" in remote(url, "rihgt").score([group("a", answer=1)]).errors[0, 0]

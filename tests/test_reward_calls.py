@@ -47,6 +47,13 @@ def group(*texts: str) -> SampleGroup:
     return SampleGroup(Prompt("p", "ask", (1,), {}), tuple(Sample((1,), (), FinishReason.STOP, 0, text) for text in texts))
 
 
+def place(what: str) -> str:
+    """Where it is raised."""
+    lines = Path(odd_rewards.__file__).read_text(encoding="utf-8").splitlines()
+    (number,) = [number for number, line in enumerate(lines, 1) if line.strip().startswith("raise") and what in line]
+    return f"odd_rewards.py:{number}"
+
+
 THREADS = {"isolation": "thread"}
 PROCESS = {"isolation": "process", "concurrency": 1}
 
@@ -101,6 +108,36 @@ def test_an_error_that_cannot_travel_costs_its_own_sample(make_bus):
     assert matrix.missing_NK[:, 0].tolist() == [False, True, False]
 
 
+ANYWHERE = [("stumbles", {}), ("stumbles", THREADS), ("stumbles", PROCESS), ("stumbles_async", {"retries": 0})]
+
+
+@pytest.mark.parametrize(("reward", "rules"), ANYWHERE)
+def test_an_error_says_where_it_was_raised(make_bus, reward, rules):
+    matrix = make_bus(**{reward: rules}).score([group("0.5", "x", "x" * 10**6)])
+    assert matrix.raw_NK[0, 0] == 0.5
+    assert matrix.errors[1, 0] == f"LookupError: no number: x ({place('no number')})"
+    assert matrix.errors[2, 0].endswith(f"xxx... ({place('no number')})")
+    assert len(matrix.errors[2, 0]) < 600
+
+
+def test_an_error_of_a_library_says_who_called_it(make_bus):
+    matrix = make_bus(falls={}).score([group("x")])
+    line = odd_rewards.falls.__code__.co_firstlineno + 2
+    assert matrix.errors == {(0, 0): f"JSONDecodeError: Expecting value: line 1 column 1 (char 0) (odd_rewards.py:{line})"}
+
+
+@pytest.mark.parametrize(("reward", "rules"), [("Absent", {}), ("Absent", THREADS), ("AbsentAsync", {})])
+def test_a_reward_may_say_that_what_it_needs_is_not_there(reward, rules):
+    component = load_component(f"tests.odd_rewards:{reward}", {}, [], rules)
+    with pytest.raises(ValueError, match="it is not there"):
+        component.ready()
+
+
+def test_other_rewards_are_ready(make_bus):
+    for reward, rules in (("lengths", {}), ("sleeps", THREADS), ("Absent", PROCESS), ("Connected", {}), ("awaits", {})):
+        load_component(f"tests.odd_rewards:{reward}", {}, [], rules).ready()
+
+
 def test_a_class_is_made_in_its_processes_alone(make_bus, tmp_path):
     bus = make_bus(args={"folder": str(tmp_path)}, WhereMade=PROCESS | {"concurrency": 2})
     assert not bus.score([group(*"abcdef")]).errors
@@ -113,7 +150,7 @@ def test_a_class_is_made_in_its_processes_alone(make_bus, tmp_path):
 def test_failed_calls_are_made_again_as_often_as_told(make_bus, reward, rules):
     matrix = make_bus(**{reward: rules | {"retries": 2}}).score([group("0", "2", "3")])
     assert matrix.missing_NK[:, 0].tolist() == [False, False, True]
-    assert matrix.errors == {(2, 0): "ConnectionError: not yet"}
+    assert matrix.errors == {(2, 0): f"ConnectionError: not yet ({place('not yet')})"}
     assert odd_rewards.attempts == {"0": 1, "2": 3, "3": 3}
 
 
@@ -150,7 +187,7 @@ def test_only_what_failed_is_scored_again(make_bus):
     assert first.missing_NK[:, 0].tolist() == [False, True, True, False]
     second = bus.score_again(groups, first, ["flaky"])
     assert second.missing_NK[:, 0].tolist() == [False, False, True, False]
-    assert second.errors == {(2, 0): "ConnectionError: not yet"}
+    assert second.errors == {(2, 0): f"ConnectionError: not yet ({place('not yet')})"}
     assert odd_rewards.attempts["1"] == 2
     assert bus.latest.keys() == {"flaky"}
     assert second.raw_NK[:, 1].tolist() == first.raw_NK[:, 1].tolist()
@@ -253,3 +290,17 @@ def test_timings_are_those_of_calls(make_bus):
     assert timings["time/reward/sleeps"] >= 0.2
     assert 0.1 <= timings["time/call/sleeps/median"] <= timings["time/call/sleeps/p95"] <= timings["time/reward/sleeps"]
     assert timings["time/reward/lengths"] < 0.1
+
+
+def test_pauses_are_timed_until_they_were_asked_for(make_bus):
+    """Two of 0.1 s; scoring itself is none."""
+    bus, groups = make_bus(sleeps={}), [group("0.2", "x")]
+    matrix = bus.score(groups)
+    assert "time/pauses" not in bus.timings()
+    for _ in range(2):
+        time.sleep(0.1)
+        matrix = bus.score_again(groups, matrix, ["sleeps"])
+    timings = bus.timings()
+    assert timings["time/pauses"] == 2
+    assert 0.2 <= timings["time/paused"] < 0.35
+    assert "time/paused" not in bus.timings()

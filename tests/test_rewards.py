@@ -116,7 +116,7 @@ def test_numeric_answer(text, answer, value):
 def test_answers_that_cannot_be_compared_with_are_errors_not_zero():
     with pytest.raises(ValueError, match="holds no number"):
         numeric_answer("72", "#### none")
-    with pytest.raises(ValueError, match="cannot be parsed"):
+    with pytest.raises(ValueError, match="the stated answer '' cannot be read"):
         math_answer("72", "")
 
 
@@ -200,12 +200,19 @@ def test_a_class_is_made_with_its_args():
 @pytest.mark.parametrize(
     ("reward", "args", "message"),
     [
-        ("brevit", {}, "no built-in reward 'brevit': there are .*brevity"),
+        ("brevit", {}, r"no built-in reward 'brevit'; did you mean 'brevity'\? Your own is `module:function`$"),
+        ("politeness", {}, "no built-in reward 'politeness'; there are: arithmetic_accuracy, .*worked_steps"),
         ("no.such:thing", {}, "cannot be imported"),
-        ("tests.test_rewards:nothing", {}, "cannot be imported"),
+        ("tests.test_rewards:zzz", {}, "cannot be imported.*has no attribute 'zzz'$"),
+        ("tests.test_rewards:misbehavin", {}, r"cannot be imported.*'misbehavin'; did you mean 'misbehaving'\?$"),
         ("tests.test_rewards:seen", {}, "is a list, not a function"),
         ("tests.test_rewards:Threshold", {"most": 2}, "does not take args"),
         ("brevity", {"max_token": 2}, "does not take args"),
+        ("brevity", {"max_tokens": 0}, "'brevity' cannot use args {'max_tokens': 0}: "),
+        ("regex_match", {"pattern": "("}, r"cannot use args .*: pattern '\(' is not a regular expression: missing \)"),
+        ("json_schema", {"schema": {"type": "nope"}}, "cannot use args .* is not a JSON Schema"),
+        ("length_target", {"target": 5, "tolerance": 5}, "0 <= tolerance < target"),
+        ("repetition", {"n": 0}, "at least one word"),
         ("tests.test_rewards:nosy", {}, r"wants an argument 'extra'.*field of the data \(answer\)"),
     ],
 )
@@ -233,7 +240,7 @@ def test_unusable_values_are_missing_with_a_reason_never_zero():
         "2 is outside its bounds [0, 1]",
         "not a number: 'many'",
         "no value",
-        "KeyError: 'boom'",
+        f"KeyError: 'boom' (test_rewards.py:{misbehaving.__code__.co_firstlineno + 1})",
     ]
 
 

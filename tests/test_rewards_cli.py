@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -59,6 +60,50 @@ def test_what_cannot_be_scored_is_said(arguments, message):
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_file_with_objectives_alone_is_enough(tmp_path):
+    """Tokens are bytes of the policy that ships: 1 - 3 / 32 = .90625."""
+    file = tmp_path / "rewards.yaml"
+    file.write_text("objectives:\n  right: {reward: numeric_answer}\n  steps: {reward: step_lines, args: {target: 1}}\n")
+    asked = rewards("try", str(file), "--text", "1+2 = 3", "--text", "4", "--row", '{"answer": 3}')
+    assert asked.returncode == 0, asked.stderr
+    assert "fields of the data, from --row or --jsonl: answer; no policy" in asked.stdout
+    assert [line.split()[-4:] for line in asked.stdout.splitlines()[-2:]] == [
+        ["1", "(1.000)", "1", "(1.000)"],
+        ["0", "(0.000)", "0", "(0.000)"],
+    ]
+    (tmp_path / "rows.jsonl").write_text('{"text": "3", "answer": 3}\n')
+    rows = rewards("try", str(file), "--jsonl", str(tmp_path / "rows.jsonl"))
+    assert rows.returncode == 0, rows.stderr
+    bare = rewards("try", str(file), "--text", "3")
+    assert (bare.returncode, "--row or --jsonl: none" in bare.stdout) == (2, True)
+    assert "wants an argument 'answer'" in bare.stderr
+    short = ("--objectives.steps={reward: brevity, args: {max_tokens: 32}}", "--text", "#16", "--row", '{"answer": 16}')
+    unknown = rewards("try", str(file), *short)
+    assert unknown.returncode == 2
+    assert "objectives.steps: reward 'brevity' wants token_ids, and no policy is named" in unknown.stderr
+    known = rewards("try", str(file), *short, "--policy.model=builtin:arithmetic")
+    assert known.stdout.split()[-2:] == ["0.9062", "(0.906)"], known.stderr
+
+
+def test_a_service_that_is_away_at_the_start_is_said_before_the_policy_is_loaded(launch, tmp_path):
+    """The policy has no weights to load, which is seen next."""
+    model = tmp_path / "model"
+    shutil.copytree(ROOT / "align" / "policies" / "arithmetic", model, ignore=shutil.ignore_patterns("*.safetensors"))
+    remote = {"reward": "remote", "args": {"url": "http://127.0.0.1:9", "objective": "short", "key_variable": ""}}
+    changes = (f"--policy.model={model}", f"--objectives.brevity={json.dumps(remote)}")
+    for module, *arguments in (
+        ("align.train", *overrides(tmp_path / "run", *changes)),
+        ("align.cli", "check", QUICKSTART, *changes),
+        ("align.cli", "eval", str(model), "--config", QUICKSTART, *changes),
+    ):
+        result = launch(module, *arguments)
+        assert result.returncode == 2, result.stderr
+        assert "error: objectives.brevity: there is no service at http://127.0.0.1:9 (" in result.stderr
+        assert "start it by `paretune rewards serve`, or mend `url`" in result.stderr
+        assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.fixture

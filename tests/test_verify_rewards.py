@@ -1,6 +1,7 @@
 """Rewards that check an answer: by hand, and what must not pay."""
 
 import json
+import re
 import socket
 import threading
 import time
@@ -224,6 +225,7 @@ def test_any_text_has_a_value(text):
         ("\\boxed{1}", "1 1/2", 0),
         ("\\boxed{0.0000001}", 1e-07, 1),
         ("\\boxed{1}", 1e-07, 0),
+        ("\\boxed{18}", "\\$18", 1),
         ("\\boxed{3\\sqrt{2}}", "3\\sqrt{2}", 1),
         ("\\boxed{3}", "3\\sqrt{2}", 0),  # unmarked LaTeX is read whole
         ("\\boxed{3+2x}", "2x+3", 1),
@@ -345,10 +347,24 @@ def test_a_bad_answer_is_wrong_at_once(text):
     assert time.process_time() - start < 3
 
 
-@pytest.mark.parametrize("answer", ["", "####", None, float("nan"), "$$", "\\boxed{}"])
-def test_an_answer_that_cannot_be_compared_with_is_an_error(answer):
-    with pytest.raises(ValueError, match="stated answer"):
-        math_answer("72", answer)
+UNREADABLE = ["", "####", None, float("nan"), "$$", "\\boxed{}", "?", "3½", "√2", "1..2", "\\frac{1}{", "1/0", "二十", "{"]
+
+
+@pytest.mark.parametrize("answer", UNREADABLE)
+@pytest.mark.parametrize("text", ["72", "\\boxed{\\sqrt{2}}", "no idea", ""])
+def test_an_answer_that_cannot_be_compared_with_is_an_error(text, answer):
+    """Nothing but the same characters, if that, could ever equal it: 0 would be a guess."""
+    with pytest.raises(ValueError, match=re.escape(repr(answer))):
+        math_answer(text, answer)
+
+
+READABLE = ["(1,2)", "\\{1,2\\}", "x \\in (1,2)", "3 < x", "50\\%", "-\\infty", "[1,2]\\cup[3,4]", "\\text{Evelyn}", "x=2, y=3",
+            "\\begin{pmatrix}1\\\\2\\end{pmatrix}", "90^\\circ", "A or B", "\\emptyset", "10\\text{ cm}", "\\pm 3"]  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", READABLE)
+def test_other_answers_are_right_or_wrong(answer):
+    assert [math_answer(f"\\boxed{{{text}}}", answer) for text in (answer, "72")] == [1, 0]
 
 
 def test_a_thread_is_refused():

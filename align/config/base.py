@@ -1,6 +1,6 @@
 """What every section of the configuration is made of."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar
@@ -15,13 +15,15 @@ class Section(BaseModel):
     """Base of every section: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    elsewhere: ClassVar[Mapping[str, str]] = {}  # keys that one may look for here, and where they are
 
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, data: Any) -> Any:
         unknown = [key for key in data if key not in cls.model_fields] if isinstance(data, dict) else []
         if unknown:
-            raise ValueError("\n".join(unknown_name("key", key, cls.model_fields) for key in unknown))
+            problems = [cls.elsewhere.get(key) or unknown_name("key", key, cls.model_fields) for key in unknown]
+            raise ValueError("\n".join(problems))
         return data
 
 

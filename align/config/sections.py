@@ -1,6 +1,7 @@
 """Every key of a run, section by section, with its default and meaning."""
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, FiniteFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -61,7 +62,7 @@ class HubSource(Source):
 
 
 class FileSource(Source):
-    """A .jsonl or .parquet file."""
+    """A .jsonl, .jsonl.gz or .parquet file."""
 
     type: Literal["file"]
     path: str
@@ -115,6 +116,10 @@ class CallsConfig(Section):
 class ObjectiveConfig(Section):
     """One named objective: what scores it, and how its values are to be read."""
 
+    elsewhere: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("weight", "weights"), "an objective has no weight of its own: give all of them in weighting.weights"
+    )
+
     reward: str
     """A built-in reward by name, or `module:function` of your own."""
     args: dict[str, Any] = {}
@@ -135,9 +140,11 @@ class ObjectiveConfig(Section):
 
 
 class Served(Section):
-    """What a server of rewards needs of a file."""
+    """What a server of rewards, and a trial of them by hand, need of a file."""
 
     objectives: dict[Name, ObjectiveConfig] = Field(min_length=1)
+    policy: PolicyConfig | None = None
+    """Whose tokens count, in a trial."""
 
 
 class ScoringConfig(Section):
