@@ -21,7 +21,7 @@ from align.config import Config
 from align.load import load_config
 from align.report_figures import Row, draw_front, figures_of, front_axes
 from align.report_hacking import Watched, hacking_figures, hacking_table, held_out_falls, replay
-from align.report_rewards import RewardFacts, reward_facts, seconds, spread
+from align.report_rewards import RewardFacts, pauses, reward_facts, seconds, spread
 from rewards.types import Objective
 
 MAX_SAMPLES = 3000  # embedded of each kind, training and held-out
@@ -212,6 +212,7 @@ def _render(run: RunData) -> str:
         table=_table(run),
         hypervolume=_hypervolume_sentence(run),
         missing=_missing_of_training(run),
+        pauses=pauses(run.timings),
         watch_table=hacking_table(run.watched, run.objectives),
         falls=held_out_falls(run.archive, [o for o in run.objectives if o.name in run.watched.golds]),
         charts={key: figure["title"] for key, figure in figures.items()},

@@ -70,6 +70,13 @@ def reward_facts(config: Config, metrics: Sequence[Row], timings: Sequence[Row],
     return facts
 
 
+def pauses(timings: Sequence[Row]) -> str:
+    """Sentence about the waits for rewards that failed, from the rows of the log; empty where there were none."""
+    count, seconds = (math.fsum(row.get(key) or 0.0 for row in timings) for key in ("time/pauses", "time/paused"))
+    times = "once" if count == 1 else f"{count:.0f} times"
+    return f"The run paused {times} for rewards that failed, for {seconds:,.0f} s in all." if count else ""
+
+
 def _column(files: Sequence[Path], name: str) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
     """Steps, raw values (NaN where missing) and counts of reasons of all training samples."""
     steps, values, errors = [], [], Counter[str]()

@@ -309,6 +309,26 @@ def test_the_sample_files_of_200_steps_make_a_small_page_quickly(run):
     assert len(column_of(Page(path), "training", "step")) == MAX_SAMPLES
 
 
+@pytest.mark.parametrize(
+    ("pauses", "sentence"),
+    [
+        ((), ""),
+        ((1,), "The run paused once for rewards that failed, for 30 s in all."),
+        ((2, 1), "The run paused 3 times for rewards that failed, for 1,260 s in all."),
+    ],
+)
+def test_pauses_are_counted(run, pauses, sentence):
+    """30 s, or 30 + 1230 s."""
+    make_run(run)
+    lines = (run / "timings.jsonl").read_text().splitlines()
+    for n, count in enumerate(pauses):
+        lines[n] = json.dumps(json.loads(lines[n]) | {"time/pauses": count, "time/paused": 30.0 + 1200.0 * n})
+    (run / "timings.jsonl").write_text("\n".join(lines) + "\n")
+    text = report(run).text
+    assert ("The run paused" in text) == bool(sentence)
+    assert sentence in text
+
+
 def test_one_objective_has_values_over_steps(run):
     make_run(run, objectives={"accuracy": OBJECTIVES["accuracy"]})
     page = report(run)

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,7 +14,10 @@ import pytest
 import torch
 
 from align.checkpoint import complete_checkpoints
-from tests.conftest import ROOT, command, environment, overrides, read_lines
+from align.load import load_config
+from align.runfolder import Run
+from align.train import _resume_command
+from tests.conftest import QUICKSTART, ROOT, command, environment, overrides, read_lines
 
 RUN = ("--steps=8", "--checkpoint.every=3", "--evaluation.every=3", "--checkpoint.keep=1")
 MID_BATCH = (*RUN, "--learner.updates_per_batch=2", "--learner.iterations_per_batch=2", "--learner.micro_batch_size=4")
@@ -121,25 +126,50 @@ def test_a_checkpoint_cut_off_by_the_kill_is_passed_over(tmp_path, straight, old
     assert_equal(straight(kept, 1), folder)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_ctrl_c_saves_says_how_to_go_on_and_loses_nothing(tmp_path, straight, processes):
-    folder = tmp_path / "run"
+@pytest.mark.parametrize(
+    ("processes", "number"), [(1, signal.SIGINT), (1, signal.SIGTERM), (2, signal.SIGINT)], ids=["ctrl-c", "term", "two"]
+)
+def test_who_is_stopped_saves_says_how_to_go_on_and_loses_nothing(tmp_path, straight, processes, number):
+    folder = tmp_path / "it's a run"  # what is said can be pasted all the same
     process = subprocess.Popen(
         command("align.train", *overrides(folder, *RUN), processes=processes), cwd=ROOT, env=environment(processes),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
     while steps_done(folder) < 4:
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(process.pid, number)  # as a terminal does
     output = process.communicate(timeout=120)[0]
-    assert (process.returncode == 0) == (processes == 1), output  # the launchers end by the signal
+    if processes == 1:
+        assert process.returncode == 128 + number, output
+    else:
+        assert process.returncode != 0, output  # the launchers end by the signal, and call nothing a failure of ours
+        assert "ChildFailedError" not in output
     stopped_at = complete_checkpoints(folder / "checkpoints")[-1][0]
     assert 4 <= stopped_at < 8
-    launcher = {1: "paretune train", 2: "accelerate launch --cpu --num_processes 2 -m align.train"}[processes]
-    assert f"stopped after step {stopped_at}; go on with: " in output
-    assert f"{launcher} --resume {folder}" in output
-    assert resume(folder, processes).returncode == 0
+    told = re.search(rf"stopped after step {stopped_at}; go on with: (.*)", output)[1]
+    launched = (
+        "accelerate launch --cpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no -m align.train"
+    )
+    assert f"{'paretune train' if processes == 1 else launched} --resume " in told
+    pasted = subprocess.run(["bash", "-c", told], cwd=ROOT, env=environment(processes), capture_output=True, text=True)
+    assert pasted.returncode == 0, pasted.stderr
     assert_equal(straight(RUN, processes), folder)
+
+
+def test_the_command_to_go_on_with_is_that_of_this_environment(tmp_path, monkeypatch):
+    run = Run(load_config(QUICKSTART), Path("a run"), False, "", False, False)
+    own = Path(sys.executable).parent
+    foreign = tmp_path / "paretune"
+    foreign.write_text("")
+    foreign.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", f"{own}:{tmp_path}")
+    assert _resume_command(run) == "paretune train --resume 'a run'"
+    monkeypatch.setenv("PATH", f"{tmp_path}:{own}")
+    assert _resume_command(run) == f"{os.path.relpath(own)}/paretune train --resume 'a run'"
+    monkeypatch.setenv("WORLD_SIZE", "3")  # by a launcher that is not accelerate's
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert _resume_command(run) == "accelerate launch --cpu --num_processes 3 -m align.train --resume 'a run'"
 
 
 def test_a_complete_run_says_so(straight):

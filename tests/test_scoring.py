@@ -68,6 +68,18 @@ def test_nothing_is_trained_on_what_is_left():
     refuse_missing(matrix(Missing.DROP_SAMPLE, "late", "", ""), 0.5)
 
 
+@pytest.mark.parametrize("policy", [Missing.DROP_SAMPLE, Missing.FAIL])
+def test_where_all_is_missing_nobody_is_told_to_leave_it_out(policy):
+    with pytest.raises(MissingRewardError) as all_of_it:
+        refuse_missing(matrix(policy, "late", "late"), 0.5)
+    assert str(all_of_it.value).endswith(
+        "2 of 2 samples; the first: late. Mend the reward: without a single value there is nothing to go on with "
+        "(`paretune rewards try` scores texts by hand)"
+    )
+    with pytest.raises(MissingRewardError, match=r"drop_sample|max_failed"):
+        refuse_missing(matrix(policy, "late", "late", ""), 0.5)
+
+
 def prepare(folder: Path, down: tuple[int, int], rank: str = "0") -> None:
     """Put the judge there, and when it is down, and for which process."""
     (folder / "my_rewards.py").write_text(JUDGE, encoding="utf-8")
@@ -115,6 +127,10 @@ def test_a_run_waits_for_a_judge_that_is_away_and_learns_the_same(tmp_path, undi
     assert "the run goes on" in away.stdout
     assert (tmp_path / "away" / "checkpoints" / "checkpoint-2").is_dir()
     assert learned(tmp_path / "away") == undisturbed
+    (pause,) = [row for row in read_lines(tmp_path / "away" / "timings.jsonl") if "time/pauses" in row]
+    assert (pause["step"], pause["time/pauses"]) == (3, 1)
+    assert 0.1 <= pause["time/paused"] < 30
+    assert "The run paused once for rewards that failed, for" in (tmp_path / "away" / "report.html").read_text()
 
 
 def test_a_run_whose_judge_stays_away_stops_and_can_go_on(tmp_path, undisturbed):
