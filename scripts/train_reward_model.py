@@ -51,7 +51,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base", default="", help="folder or hub name of an encoder; default all-MiniLM-L6-v2, packaged")
     parser.add_argument("--form", choices=FORMS, default="text", help="what it reads: question and answer, or the answer")
     parser.add_argument("--max-length", type=int, default=128, help="tokens read (default 128)")
-    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--batch", type=int, default=16, help="pairs per step (default 16)")
     parser.add_argument("--seed", type=int, default=0)
