@@ -89,12 +89,12 @@ class Endpoint:
         except (ValueError, RecursionError) as error:
             raise EndpointError(f"{where} did not answer with JSON: {self.quote(text)!r}") from error
 
-    async def find(self, route: str, way_out: str) -> int:
-        """The status that a GET is answered with, whatever it is: somebody is there. Raises ValueError where nobody is."""
+    async def find(self, route: str, way_out: str) -> tuple[int, str]:
+        """Status and text of the answer to a GET, whatever it is: somebody is there. Raises ValueError where nobody is."""
         try:
             async with asyncio.timeout(READY_TIMEOUT), self._open() as session, session.get(self.url + route) as answer:
                 if answer.status not in AWAY:
-                    return answer.status
+                    return answer.status, await answer.text(errors="replace")
                 why = f"{route} answered {answer.status}"
         except (aiohttp.ClientError, TimeoutError) as error:
             why = f"{type(error).__name__} {error}".strip()

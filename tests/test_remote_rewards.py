@@ -173,6 +173,14 @@ def test_a_wrong_key_is_said_when_asked_for(monkeypatch):
             component.ready()
 
 
+def test_a_wrong_name_is_said_when_asked_for(monkeypatch):
+    monkeypatch.setenv("PARETUNE_REWARDS_KEY", KEY)
+    with running(served(right=bus_of("numeric_answer", ["answer"]))) as url:
+        component = load_component("remote", {"url": url, "objective": "rihgt"}, [], {})
+        with pytest.raises(ValueError, match=f"^{url} has no objective 'rihgt'; there are right$"):
+            component.ready()
+
+
 def test_a_wrong_key_and_a_wrong_name_are_told_apart(remote, monkeypatch):
     with running(served(right=bus_of("numeric_answer", ["answer"]))) as url:
         assert "no objective 'rihgt'; there are right" in remote(url, "rihgt").score([group("a", answer=1)]).errors[0, 0]
