@@ -52,11 +52,9 @@ class RemoteReward:
         return [RemoteError(errors[str(n)]) if str(n) in errors else value for n, value in enumerate(values)]
 
     async def ready(self) -> None:
-        """Raise ValueError when the service is not there, has another key, or says that it has no such objective."""
+        """Raise ValueError when the service is not there, wants another key, or says that it has no such objective."""
         way_out = "start it by `paretune rewards serve`, or mend `url`"
         status, text = await self._endpoint.find(OBJECTIVES, way_out)
-        if status == 401:
-            raise ValueError(f"{self._endpoint.url} has another key: give the one that it was started with (key_variable)")
         if status == 200 and self._objective not in (there := _names(text)):
             raise ValueError(f"{self._endpoint.url} has no objective {self._objective!r}; there are {', '.join(there)}")
 
