@@ -107,20 +107,20 @@ class Batched:
         self._batch_size = batch_size
 
     def calls(self, groups: Sequence[SampleGroup], rows: Collection[int]) -> Iterator[Call]:
-        """See `Form`: as many samples per call as there may be."""
+        """See `Form`: as many samples per call as there may be; None for a field that a row has not."""
         samples = [(group.prompt, sample) for group in groups for sample in group.samples]
         chosen = [n for n in range(len(samples)) if n in rows]
         size = self._batch_size or max(1, len(chosen))
+        names = dict.fromkeys(name for group in groups for name in group.prompt.columns if name not in TRL_ARGUMENTS)
         for start in range(0, len(chosen), size):
             part = chosen[start : start + size]
             pairs = [samples[n] for n in part]
-            names = [name for name in pairs[0][0].columns if name not in TRL_ARGUMENTS]
             arguments = {
                 "prompts": [prompt.text for prompt, _ in pairs],
                 "completions": [sample.text for _, sample in pairs],
                 "completion_ids": [list(sample.token_ids) for _, sample in pairs],
             }
-            yield Call(arguments | {name: [prompt.columns[name] for prompt, _ in pairs] for name in names}, part)
+            yield Call(arguments | {name: [prompt.columns.get(name) for prompt, _ in pairs] for name in names}, part)
 
     def values(self, call: Call, answer: Any) -> Sequence[Any]:
         """See `Form`."""

@@ -89,16 +89,24 @@ class Endpoint:
         except (ValueError, RecursionError) as error:
             raise EndpointError(f"{where} did not answer with JSON: {self.quote(text)!r}") from error
 
-    async def find(self, route: str, way_out: str) -> int:
-        """The status that a GET is answered with, whatever it is: somebody is there. Raises ValueError where nobody is."""
+    async def find(self, route: str, way_out: str) -> tuple[int, str]:
+        """Status and text of the answer to a GET, whatever it is: somebody is there.
+
+        Raises:
+            ValueError: Nobody is, or the key is refused.
+        """
         try:
             async with asyncio.timeout(READY_TIMEOUT), self._open() as session, session.get(self.url + route) as answer:
-                if answer.status not in AWAY:
-                    return answer.status
-                why = f"{route} answered {answer.status}"
+                status, text = answer.status, await answer.text(errors="replace")
         except (aiohttp.ClientError, TimeoutError) as error:
             why = f"{type(error).__name__} {error}".strip()
-        raise ValueError(f"there is no service at {self.url} ({why}): {way_out}")
+            raise ValueError(f"there is no service at {self.url} ({why}): {way_out}") from error
+        if status in AWAY:
+            raise ValueError(f"there is no service at {self.url} ({route} answered {status}): {way_out}")
+        if status == 401:
+            refused = f"refuses the key of {self._variable}" if self._key else "wants a key: give key_variable"
+            raise ValueError(f"the service at {self.url} {refused}")
+        return status, text
 
     def _open(self) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(limit=0)  # how many at once is decided by who calls
