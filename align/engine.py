@@ -243,14 +243,10 @@ def server_options(config: Config, model: str, context: int) -> Any:
         model=model,
         revision="" if Path(model).is_dir() else config.policy.revision,
         dtype=engine.dtype or config.policy.dtype,
-        max_concurrent=engine.max_concurrent,
         max_model_len=context,
-        tensor_parallel=engine.tensor_parallel,
-        gpu_memory=engine.gpu_memory,
-        cpu_cache_gib=engine.cpu_cache_gib,
         trust_remote_code=config.policy.trust_remote_code,
         transfer="nccl" if engine.sync.type == "transfer" else "directory",
-        args=engine.args,
+        **engine.model_dump(include={"max_concurrent", "tensor_parallel", "gpu_memory", "cpu_cache_gib", "args"}),
     )
 
 

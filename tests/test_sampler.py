@@ -153,6 +153,7 @@ SETTINGS = [
     {"temperature": 1.3, "top_k": 5},
     {"top_p": 0.8},
     {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+    {"temperature": 1.5, "top_p": 0.7, "min_p": 0.2},  # the order of the two matters
     {"repetition_penalty": 1.3},
 ]
 
@@ -173,19 +174,17 @@ def test_log_probs_are_those_of_the_distribution_that_was_sampled_from(policy, s
 
 
 def by_hand(logits, seen, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
-    """Log-probabilities of the next token: penalty, temperature, the k likeliest, the nucleus, the floor."""
+    """Log-probabilities of the next token: penalty, temperature, the floor, the k likeliest, the nucleus."""
     logits = logits.clone()
     for token in set(seen):
         logits[token] *= repetition_penalty if logits[token] < 0 else 1 / repetition_penalty
-    probabilities = (logits / temperature).softmax(-1)
-    order = probabilities.argsort(descending=True)
-    keep = set(order[:top_k].tolist()) if top_k else set(order.tolist())
-    kept = torch.tensor([p if i in keep else 0.0 for i, p in enumerate(probabilities.tolist())]).double()
+    kept = (logits / temperature).softmax(-1)
+    kept[kept < min_p * kept.max()] = 0.0
+    order = kept.argsort(descending=True)
+    kept[order[top_k or len(order) :]] = 0.0
     kept /= kept.sum()
     before = kept[order].cumsum(0) - kept[order]  # mass of the likelier ones
     kept[order[before >= top_p]] = 0.0
-    kept /= kept.sum()
-    kept[kept < min_p * kept.max()] = 0.0
     return (kept / kept.sum()).log()
 
 
