@@ -47,8 +47,8 @@ def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
     add("--device", choices=("auto", "cpu", "gpu"), default="auto", help="what vLLM is built for (default: %(default)s)")
     add("--trust-remote-code", action="store_true", help="let code that comes with the model run")
     add(
-        "--transfer",
-        choices=("directory", "nccl"),
+        "--sync",
+        choices=("directory", "transfer"),
         default="directory",
         help="how new weights arrive (default: %(default)s)",
     )
@@ -112,7 +112,7 @@ def _say_when_ready(server: "Server", keeper: "subprocess.Popen[bytes]", options
             continue
         everywhere = options.host in ("0.0.0.0", "::")
         url = f"http://{socket.gethostname()}:{options.port}" if everywhere else server.url
-        sync = ", sync: transfer" if options.transfer == "nccl" else ""
+        sync = ", sync: transfer" if options.sync == "transfer" else ""
         print(f"ready on {url} ({options.model}, {context} tokens of context; key in {SERVERS_KEY}). Start the trainer with")
         if not os.environ.get(SERVERS_KEY, "").strip():
             print(f"export {SERVERS_KEY}={key}")  # once more: the log of vLLM came between

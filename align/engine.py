@@ -153,7 +153,7 @@ class _Servers:
         words = ["paretune", "worker", self._config.policy.model]
         words += [] if is_loopback(parts.hostname) else ["--host", "0.0.0.0"]
         words += ["--port", str(parts.port)] if parts.port else []
-        words += ["--transfer", "nccl"] if self._options.sync.type == "transfer" else []
+        words += ["--sync", "transfer"] if self._options.sync.type == "transfer" else []
         advice = f"start it (again) by `{shlex.join(words)}`, with the same {SERVERS_KEY}"
         return Server(url, key, self._options.request_timeout, advice)
 
@@ -245,7 +245,7 @@ def server_options(config: Config, model: str, context: int) -> Any:
         dtype=engine.dtype or config.policy.dtype,
         max_model_len=context,
         trust_remote_code=config.policy.trust_remote_code,
-        transfer="nccl" if engine.sync.type == "transfer" else "directory",
+        sync=engine.sync.type,
         **engine.model_dump(include={"max_concurrent", "tensor_parallel", "gpu_memory", "cpu_cache_gib", "args"}),
     )
 

@@ -202,18 +202,22 @@ def servers_of(output: Path) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
-def test_a_trainer_that_is_stopped_leaves_nothing(tmp_path, number):
-    process = start(tmp_path / "run", VLLM, "--steps=2000", "--evaluation.every=0", "--checkpoint.every=1000")
+@pytest.mark.parametrize("how", ["killed", "interrupted twice", "two processes interrupted"])
+def test_a_trainer_that_is_stopped_leaves_nothing(tmp_path, how):
+    more = [VLLM, "--steps=2000", "--evaluation.every=0", "--checkpoint.every=1000"]
+    process = start(tmp_path / "run", *more, processes=2 if how.startswith("two") else 1)
     wait_for_rows(tmp_path / "run", 2, process)
     assert servers_of(tmp_path / "run")
-    if number == signal.SIGKILL:
+    if how == "killed":
         process.kill()
     else:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    output = process.communicate(timeout=60)[0]
+    if how == "interrupted twice":  # at once, without a checkpoint
+        time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=100)[0]
     wait_until_nothing_is_left(tmp_path / "run")
-    if number == signal.SIGINT:
+    if how == "two processes interrupted":
         assert "go on with" in output
         assert list((tmp_path / "run" / "checkpoints").glob("checkpoint-*/paretune.json"))
 
