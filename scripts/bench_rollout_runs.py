@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from rollout.server import SERVERS_KEY
-from rollout.workers import telling_lines
+from rollout.server_log import telling_lines
 from scripts.bench_probe import start
 from scripts.bench_rollout_common import CACHE_GIB, GROUP, ROOT, Setting, in_turn, ratios, say, serve, spread
 
