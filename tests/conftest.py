@@ -52,7 +52,7 @@ SERVER = ServerOptions(
     gpu_memory=0.9,
     cpu_cache_gib=0.1,
     trust_remote_code=False,
-    transfer="directory",
+    sync="directory",
     args={},
 )
 

@@ -158,6 +158,15 @@ def test_norms_embeddings_and_fused_layers_are_named_too(sampler, changed):
     assert set(sampler.differing()) == {f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv"}
 
 
+def test_weights_of_another_size_are_refused_long_before_patience_ends(sampler, original):
+    wider = ((name, torch.cat([weight, weight])) for name, weight in weights_of(original))
+    start = time.monotonic()
+    with pytest.raises(RolloutError, match="do not fit the LlamaForCausalLM that this server was started with"):
+        sampler.sync(wider, 1, check_by(original))
+    assert time.monotonic() - start < 30  # of 60
+    assert sampler.sync(weights_of(original), 2, check_by(original)).max < 1e-4  # it takes what fits
+
+
 @pytest.mark.parametrize("fault", ["missing", "cut off", "empty"])
 def test_a_set_that_cannot_be_read_leaves_the_server_as_it_was(sampler, original, fault):
     sampler.sync(weights_of(original), 1, check_by(original))
