@@ -10,6 +10,7 @@ from math import isfinite
 from time import time
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
@@ -111,7 +112,7 @@ class Endpoint:
     def _open(self) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(limit=0)  # how many at once is decided by who calls
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT)
-        return aiohttp.ClientSession(headers=self._headers, connector=connector, timeout=timeout, trust_env=True)
+        return aiohttp.ClientSession(headers=self._headers, connector=connector, timeout=timeout, proxy=_proxy(self.url))
 
     def quote(self, text: str) -> str:
         """The beginning of an answer, for an error; without the key, should the service have repeated it."""
@@ -132,6 +133,15 @@ class Endpoint:
         for session in self._sessions:
             await session.close()
         self._sessions = []
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for a url (HTTP_PROXY, HTTPS_PROXY, NO_PROXY).
+
+    Looked up once: aiohttp's own `trust_env` does so for every request, in another thread, and reads ~/.netrc as well.
+    """
+    parts = urlsplit(url)
+    return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
 
 
 def _seconds(retry_after: str) -> float:
