@@ -309,8 +309,8 @@ def test_a_server_with_another_tokenizer_is_refused(launch, tmp_path, on_servers
     result = launch("align.train", *overrides(tmp_path / "run", f"--policy.model={tmp_path / 'other'}", *on_servers))
     assert result.returncode == 2
     assert "another vocabulary" in result.stderr
-    assert "read '4356789" in result.stderr
-    assert "those here read '3456789" in result.stderr
+    assert "read '3456789" in result.stderr
+    assert "those here read '4356789" in result.stderr
     assert "Traceback" not in result.stderr
 
 
