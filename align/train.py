@@ -27,7 +27,7 @@ from align.config.lagrangian_rules import constraint_kinds
 from align.engine import check_engine
 from align.files import replace_text
 from align.guard import check_imports
-from align.launch import add_train_arguments, quiet, relaunch_on_cpu, share_cores, told_to_use_cpu
+from align.launch import add_train_arguments, quiet, relaunch_on_cpu, share_cores, told_to_use_cpu, uncollected
 from align.plan import Plan, Schedule, make_plan
 from align.runfolder import Run, is_main, open_run, processes
 
@@ -59,7 +59,8 @@ def train(config_path: str, resume: str, overrides: Sequence[str]) -> int:
         if run.finished:
             print(f"{run.folder} is complete: {run.config.steps} steps (a larger --steps goes on)")
             return 0
-        built = build(run)
+        with uncollected():
+            built = build(run)
     except ValueError as error:
         return _fail(error)
     from accelerate import PartialState
