@@ -168,7 +168,8 @@ def test_a_resumed_run_goes_on_with_the_same_data_weights_and_versions(launch, t
 
 
 def start(output: Path, *more: str, processes: int = 1) -> subprocess.Popen:
-    return subprocess.Popen(
+    starter = forks.Fork if processes == 1 else subprocess.Popen
+    return starter(
         command("align.train", *overrides(output, *more), processes=processes),
         cwd=ROOT, env=environment(2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
