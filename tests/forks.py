@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -161,7 +162,6 @@ def _become(
     more = environment.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:] = [folder, *more, *(entry for entry in path if entry not in ("", os.getcwd(), *more))]
     sys.modules.pop(words[0], None)  # it is imported under another name now
-    atexit.register(gc.unfreeze)  # what is imported is nothing to look for garbage in, but is to be taken down in order
     sys.argv[1:] = words[1:]
     return words
 
@@ -184,5 +184,24 @@ def main() -> list[str]:
     return serve(socket.socket(fileno=int(sys.argv[1])))
 
 
+def run_to_its_end(words: Sequence[str]) -> None:
+    """Run a module and end as Python does, but for taking down what was imported, which takes a second."""
+    try:
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        status = 0
+    except SystemExit as end:
+        if isinstance(end.code, str):
+            raise
+        status = end.code or 0
+    except BaseException:
+        gc.unfreeze()
+        raise
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    runpy.run_module(main()[0], run_name="__main__", alter_sys=True)
+    run_to_its_end(main())
