@@ -102,7 +102,7 @@ def _address() -> str:
 # --- the process that they come from ----------------------------------------------------------------------------------
 
 
-def serve(listener: socket.socket) -> list[str]:
+def serve(listener: socket.socket, imported: dict[str, str]) -> list[str]:
     """Fork for whoever asks, and tell him how it ended. Returns in the forks only: the module to run and its arguments."""
     own = list(sys.path)
     waiting: dict[int, socket.socket] = {}  # who asked for a process, by its id
@@ -127,6 +127,8 @@ def serve(listener: socket.socket) -> list[str]:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for file in (reader, writer, listener, asker, *waiting.values()):
                 file.close() if isinstance(file, socket.socket) else os.close(file)
+            os.environ.clear()
+            os.environ.update(imported)
             return _become(own, files, *json.loads(request))
         waiting[pid] = asker
         for file in files:
@@ -156,7 +158,6 @@ def _become(
     for file in files:
         os.close(file)
     os.chdir(folder)
-    os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(int(environment.get("OMP_NUM_THREADS", 0)) or len(os.sched_getaffinity(0)))
     more = environment.get("PYTHONPATH", "").split(os.pathsep)
@@ -173,6 +174,7 @@ def main() -> list[str]:
 
     import torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler as elastic
 
+    before = set(os.environ)
     gc.disable()
     for name in IMPORTED:
         importlib.import_module(name)
@@ -181,7 +183,8 @@ def main() -> list[str]:
     gc.freeze()
     gc.enable()
     elastic.Popen = Fork  # of the processes that torch's launcher starts
-    return serve(socket.socket(fileno=int(sys.argv[1])))
+    imported = {name: value for name, value in os.environ.items() if name not in before}  # what imports have set
+    return serve(socket.socket(fileno=int(sys.argv[1])), imported)
 
 
 def run_to_its_end(words: Sequence[str]) -> None:

@@ -139,7 +139,7 @@ def test_a_checkpoint_cut_off_by_the_kill_is_passed_over(tmp_path, straight, old
 )
 def test_who_is_stopped_saves_says_how_to_go_on_and_loses_nothing(tmp_path, straight, processes, number):
     folder = tmp_path / "it's a run"  # what is said can be pasted all the same
-    process = subprocess.Popen(
+    process = starter(processes)(
         command("align.train", *overrides(folder, *RUN), processes=processes), cwd=ROOT, env=environment(processes),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip

@@ -151,7 +151,7 @@ def test_who_is_asked_to_stop_does_not_wait_on(tmp_path):
     """The checkpoint is there already."""
     prepare(tmp_path, (37, 10**6))
     arguments = overrides(tmp_path / "away", FIXED, *SETTINGS, "--scoring={pause: 300, pauses: 9}")
-    with subprocess.Popen(
+    with forks.Fork(
         command("align.train", *arguments),
         cwd=tmp_path,
         env=environment(1),
