@@ -35,6 +35,7 @@ from align.launch import (
     script,
     share_cores,
     told_to_use_cpu,
+    uncollected,
 )
 from align.plan import Plan, Schedule, make_plan
 from align.runfolder import Run, is_main, open_run, processes
@@ -67,7 +68,8 @@ def train(config_path: str, resume: str, overrides: Sequence[str]) -> int:
         if run.finished:
             print(f"{run.folder} is complete: {run.config.steps} steps (a larger --steps goes on)")
             return 0
-        built = build(run)
+        with uncollected():
+            built = build(run)
     except ValueError as error:
         return _fail(error)
     from accelerate import PartialState

@@ -10,7 +10,8 @@ import pytest
 
 from align.missing import MissingRewardError, failing, refuse_missing
 from rewards.types import Missing, Objective, RewardMatrix
-from tests.conftest import FIXED, command, environment, overrides, read_lines
+from tests import forks
+from tests.conftest import FIXED, command, environment, overrides, read_lines, torchrun
 
 JUDGE = """
 import os, pathlib
@@ -91,14 +92,8 @@ def train(folder: Path, name: str, down: tuple[int, int], *arguments: str, rank:
     """Train with a judge that is down for some of its attempts."""
     prepare(folder, down, rank)
     arguments = arguments or overrides(folder / name, FIXED, *SETTINGS)
-    return subprocess.run(
-        command("align.train", *arguments, processes=processes),
-        cwd=folder,
-        env=environment(processes),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    words = torchrun("align.train", *arguments, processes=processes)
+    return forks.run(words, cwd=folder, env=environment(processes), timeout=240)
 
 
 def learned(folder: Path) -> list[dict]:
@@ -184,7 +179,7 @@ def test_who_is_asked_to_stop_does_not_wait_on(tmp_path):
     """The checkpoint is there already."""
     prepare(tmp_path, (37, 10**6))
     arguments = overrides(tmp_path / "away", FIXED, *SETTINGS, "--scoring={pause: 300, pauses: 9}")
-    with subprocess.Popen(
+    with forks.Fork(
         command("align.train", *arguments),
         cwd=tmp_path,
         env=environment(1),

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from align.trl_options import CHOICES
-from tests.conftest import QUICKSTART, ROOT, environment, overrides, read_lines
+from tests import forks
+from tests.conftest import QUICKSTART, ROOT, command, environment, overrides, read_lines
 
 
 def test_a_run_leaves_files_that_people_and_scripts_can_read(launch, tmp_path):
@@ -101,7 +102,7 @@ def test_deepspeed_shards_train_the_same_policy(launch, tmp_path, stage):
 
     def launch_sharded(*arguments: str) -> subprocess.CompletedProcess:
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "-m", "align.train"]
-        return subprocess.run([*launcher, *arguments], cwd=ROOT, env=sharded, capture_output=True, text=True, timeout=280)
+        return forks.run([*launcher, *arguments], cwd=ROOT, env=sharded, timeout=280)
 
     assert launch("align.train", *overrides(tmp_path / "ddp"), processes=2).returncode == 0
     result = launch_sharded(*overrides(tmp_path / "zero"))  # its exit status is not asked: DeepSpeed's CPU threads now
@@ -240,16 +241,7 @@ def test_a_tolerated_failure_is_counted_not_zeroed(tmp_path):
 
 def run_in(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Train from another working directory, as a user with rewards of their own does."""
-    from tests.conftest import command, environment
-
-    return subprocess.run(
-        command("align.cli", "train", *arguments),
-        cwd=folder,
-        env=environment(1),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return forks.run(command("align.cli", "train", *arguments), cwd=folder, env=environment(1), timeout=240)
 
 
 @pytest.mark.parametrize(

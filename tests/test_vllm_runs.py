@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from rollout.client import Server
+from tests import forks
 from tests.conftest import ROOT, command, environment, overrides, read_lines
 
 VLLM = "--rollout.engine.type=vllm"
@@ -108,11 +109,10 @@ def test_sharded_and_plain_processes_follow_one_process(launch, tmp_path, on_ser
     succeeded(launch("align.train", *overrides(tmp_path / "one", *on_servers)))
     succeeded(launch("align.train", *overrides(tmp_path / "ddp", *on_servers), processes=2))
     for stage in (2, 3):
-        result = subprocess.run(
+        result = forks.run(
             [*command("align.train", processes=2)[:3], "--config_file", sharded(stage, tmp_path), "-m", "align.train",
              *overrides(tmp_path / f"zero{stage}", *on_servers)],
-            cwd=ROOT, env={k: v for k, v in environment(2).items() if k != "ACCELERATE_USE_CPU"},
-            capture_output=True, text=True, timeout=280,
+            cwd=ROOT, env={k: v for k, v in environment(2).items() if k != "ACCELERATE_USE_CPU"}, timeout=280,
         )  # fmt: skip
         succeeded(result)
     reference = rows(tmp_path / "one")
@@ -175,7 +175,8 @@ def test_a_resumed_run_goes_on_with_the_same_data_weights_and_versions(launch, t
 
 
 def start(output: Path, *more: str, processes: int = 1) -> subprocess.Popen:
-    return subprocess.Popen(
+    starter = forks.Fork if processes == 1 else subprocess.Popen
+    return starter(
         command("align.train", *overrides(output, *more), processes=processes),
         cwd=ROOT, env=environment(2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
