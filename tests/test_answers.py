@@ -1,7 +1,6 @@
 """Canonical answers: equal ones are right or wrong together under the reward that they are read for."""
 
 import itertools
-import re
 import threading
 import time
 from decimal import Decimal
@@ -206,12 +205,9 @@ def test_texts_are_right_or_wrong_together(reward, texts, number):
             assert ACCURACIES[reward](text, answer) == 0  # nothing stated is never right
 
 
-@given(digits=st.integers(1, 10**40), shift=st.integers(0, 30))
-def test_numbers_lose_no_digit(digits, shift):
-    written = f"{Decimal(digits).scaleb(-shift, None):f}" if digits < 10**28 else str(digits)
-    found = re.search(r"-?\d[\d,]{0,30}(?:\.\d{1,30})?$", written)
-    if found and found[0] == written:
-        assert Decimal(read("numeric_answer", written)) == Decimal(written)
+@given(whole=st.integers(0, 10**31 - 1), fraction=st.text("0123456789", min_size=1, max_size=30))
+def test_numbers_lose_no_digit(whole, fraction):
+    assert Decimal(read("numeric_answer", f"It is -{whole}.{fraction}")) == Decimal(f"-{whole}.{fraction}")
 
 
 # --- against those who would hold it up -------------------------------------------------------------------------------
@@ -228,7 +224,8 @@ def test_no_text_holds_it_up(reward):
 
 @pytest.mark.parametrize(
     "text", ["9^{9^{9^9}}", "10^{10^{10}}", "100000000!", "((10^{64})^{64})^{64}", "\\binom{10^9}{10^8}", "2^{-10^{12}}",
-             "\\sum_{n=1}^{10^{12}} n^n", "\\frac{1}{0}", "\\frac{0}{0}", "\\infty-\\infty", "\\log 0", "9" * 900]
+             "\\sum_{n=1}^{10^{12}} n^n", "\\frac{1}{0}", "\\frac{0}{0}", "\\infty-\\infty", "\\log 0", "e^{e^{e^{e^9}}}",
+             "x^{x^{x^{64}}}", "9" * 900]
 )  # fmt: skip
 def test_what_never_ends_counts_as_written(text):
     start = time.process_time()

@@ -303,7 +303,8 @@ def _near_one(mean: float) -> bool:
 
 def _to_unit(values_n: np.ndarray) -> np.ndarray:
     """Between 0 and 1 by minimum and maximum; all 0.5 when they are equal."""
-    low, spread = values_n.min(), np.ptp(values_n)
+    with np.errstate(over="ignore"):
+        low, spread = values_n.min(), np.ptp(values_n)
     if not np.isfinite(spread):
         raise ValueError("losses or returns are further apart than double precision goes")
     return (values_n - low) / spread if spread > 0 else np.full_like(values_n, 0.5)
