@@ -164,6 +164,10 @@ def test_the_rank_filter_by_hand(extent, share, kept):
     assert keep_nearest(np.array(extent), share).tolist() == kept
 
 
+def test_the_rank_filter_does_not_round_a_share_up():
+    assert keep_nearest(np.arange(1.0, 101), 0.07).sum() == 7  # 0.07 * 100 = 7.000000000000001
+
+
 @few
 @given(vectors(1.0, 9.0), st.integers(1, 100))
 def test_the_rank_filter_keeps_the_share(extent, percent):
