@@ -6,7 +6,6 @@ the reward bus, and replaces TRL's advantages by ours. No method body of TRL's i
 
 import os
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -39,11 +38,12 @@ from align.learner_args import peft_config
 from align.missing import MissingRewardError, unmeasured
 from align.parts import Parts
 from align.policy import PolicyAccess
-from align.probe import NO_GRAM, OBJECTIVE_ADVANTAGES, build_probe, replaced, select
+from align.probe import NO_GRAM, OBJECTIVE_ADVANTAGES, build_probe, replaced
+from align.probing import Probing
 from align.rollouts import Rollouts
 from align.sampling import Place, evaluation_params
 from align.scoring import score_together
-from align.step import advantages_alone, take_step
+from align.step import take_step
 from align.together import check_agreement
 from align.weighting import Signal, WeightState
 from align.weights import base_of
@@ -57,7 +57,7 @@ TRL_REWARD_METRICS = ("reward", "reward_std", "frac_reward_zero_std")  # TRL's, 
 AGREEMENT_EVERY = 10  # steps between comparisons of the weights across processes
 
 
-class Learner(PolicyAccess, GRPOTrainer):
+class Learner(PolicyAccess, Probing, GRPOTrainer):
     """Trains the policy on the advantages that `take_step` gives.
 
     Args:
@@ -161,52 +161,6 @@ class Learner(PolicyAccess, GRPOTrainer):
 
     def _score(self, groups: Sequence[SampleGroup], pause: Callable[[], None]) -> tuple[RewardMatrix, RewardMatrix]:
         return score_together(self.parts.bus, groups, self.parts.config.scoring, pause, self.parts.stop)
-
-    def training_step(self, model, inputs, num_items_in_batch):
-        """TRL's, and the probe takes in what its backward showed."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if Signal.GRAM in self.parts.rules.scheme.needs and self._probe.listening:
-            self._add_metrics(self._probe.hear(last=self._step % self.args.gradient_accumulation_steps == 0))
-        return loss
-
-    def _compute_loss(self, model, inputs):
-        """TRL's, and the probe listens during the first update of a batch: from the second on the policy is another."""
-        first = self._step % (self.args.steps_per_generation * self.num_iterations) < self.args.gradient_accumulation_steps
-        if OBJECTIVE_ADVANTAGES not in inputs or not first:
-            return super()._compute_loss(model, inputs)
-        return self._probe.listen(lambda: GRPOTrainer._compute_loss(self, model, inputs), inputs)
-
-    def _advantages_alone(self) -> torch.Tensor:
-        """Advantages of this process's samples under each objective alone (N, K)."""
-        count = self.parts.plan.samples_per_process
-        first = count * self.accelerator.process_index
-        local_NK = advantages_alone(self.parts.rules, self._gathered)[first : first + count]
-        return torch.tensor(local_NK, dtype=torch.float32, device=self.accelerator.device)
-
-    def _probe_gradients(self, batch: Mapping[str, Any]) -> None:
-        """Measure with backward passes of the probe's own, before the update of a batch."""
-        start, probe, advantages_NK = time.perf_counter(), self._probe, self._advantages_alone()
-        if probe.exact:
-            with self.policy() as model:
-                trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-                self._add_metrics(probe.measure_exactly(self._policy_loss(model, batch), trained, advantages_NK))
-        else:
-            tokens = batch["prompt_ids"].shape[1] + batch["completion_ids"].shape[1]
-            self._add_metrics(probe.measure(self._policy_loss(self.model, batch), tokens, advantages_NK))
-        self._metrics["train"]["time/probe"].append(time.perf_counter() - start)
-
-    def _policy_loss(self, model: Any, batch: Mapping[str, Any]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """TRL's loss of some rows of a batch, as the mean over them, without penalty and bonus, and leaving no metrics."""
-
-        def loss(rows: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-            share = len(rows) / self.args.per_device_train_batch_size
-            items = batch["num_items_in_batch"] * share
-            part = select(batch, rows) | {"advantages": advantages, "num_items_in_batch": items}
-            metrics = {mode: defaultdict(list) for mode in self._metrics}
-            with replaced(self, beta=0.0, _entropy_bonus_enabled=False, aux_loss_enabled=False, _metrics=metrics):
-                return GRPOTrainer._compute_loss(self, model, part) * self.current_gradient_accumulation_steps
-
-        return loss
 
     # --- evaluation, logging, checkpoints -----------------------------------------------------------------------------
 
