@@ -77,8 +77,14 @@ def evaluate(expression: str) -> int:
 
 def arithmetic_accuracy(text: str, answer: str | int) -> float:
     """1 when the text ends in `#` and exactly the right integer, else 0."""
+    stated = stated_integer(text)
+    return float(stated is not None and stated == int(answer))
+
+
+def stated_integer(text: str) -> int | None:
+    """The integer after the last `#`, when the text ends in it."""
     match = _ANSWER.fullmatch(text[text.rfind("#") :]) if "#" in text else None
-    return float(match is not None and int(match[1]) == int(answer))
+    return None if match is None else int(match[1])
 
 
 def arithmetic_clarity(text: str, expression: str) -> float:

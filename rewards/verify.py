@@ -211,13 +211,14 @@ def numeric_answer(text: str, answer: str | float) -> float:
     Raises:
         ValueError: The stated answer is no number, so nothing can be compared with it.
     """
-    wanted = _last_number(stated_answer(str(answer)))
+    wanted = last_number(stated_answer(str(answer)))
     if wanted is None:
         raise ValueError(f"the stated answer {answer!r:.80} holds no number")
-    return float(_last_number(text) == wanted)
+    return float(last_number(text) == wanted)
 
 
-def _last_number(text: str) -> Decimal | None:
+def last_number(text: str) -> Decimal | None:
+    """The last number in a text, thousands separators left out; None when there is none, or none that can be read."""
     found = _NUMBER.findall(text)
     try:
         return Decimal(found[-1].replace(",", "")) if found else None
@@ -227,7 +228,7 @@ def _last_number(text: str) -> Decimal | None:
 
 _LONGEST_ANSWER = 1000  # characters
 _DEEPEST_ANSWER = 8  # brackets within brackets; the parser takes a second for 12, and for 30 for ever
-_SECONDS = 3  # to parse an answer, and as many to compare it
+MATH_SECONDS = 3  # to parse an answer, and as many to compare it
 _BOX = re.compile(r"\\(?:boxed|fbox) ?\{")
 _WITH_UNIT = re.compile(r"-?(?=[.\d])(?:\d{1,3}(?:,\d{3})+|\d*)(?:\.\d*)?\s?%?(?:\s+(?!pi\b|sqrt)[a-zA-Z]{2,}[a-zA-Z ./]*)?")
 _PROSE = re.compile(r"[a-zA-Z]{2,}\s+[a-zA-Z]{2,}")
@@ -254,14 +255,12 @@ def math_answer(text: str, answer: str | float, worked_out: bool = True) -> floa
         ValueError: math-verify cannot read the stated answer, so that no text could have it (a word it reads as a product).
         RuntimeError: math-verify did not come to an end, or is in a thread, where it cannot keep its time.
     """
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("math-verify keeps its time by signals, which no thread gets: leave `isolation` at process")
+    refuse_threads()
     if answer is None or answer != answer:
         raise ValueError(f"there is no stated answer: {answer!r}")
     wanted = _wanted(str(answer))
-    given = _given(text)
-    found = _expressions(given) if _nesting(given) <= _DEEPEST_ANSWER else []
-    if not found or (worked_out and not _as_plain(wanted, found)):
+    found = given_expressions(given_answer(text))
+    if not found or (worked_out and not as_plain(wanted, found)):
         return 0.0
     return float(_equal(wanted, found))
 
@@ -283,7 +282,14 @@ def _stated(answer: str) -> str:
     return answer if marked and box is None else _marked(answer if box is None else box)
 
 
-def _given(text: str) -> str:
+def refuse_threads() -> None:
+    """Raises RuntimeError in a thread other than the main one."""
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("math-verify keeps its time by signals, which no thread gets: leave `isolation` at process")
+
+
+def given_answer(text: str) -> str:
+    """The part of a completion that is read: its last box, or without one its end."""
     box = _last_box(text)
     return text[-_LONGEST_ANSWER:] if box is None else _marked(box)
 
@@ -316,6 +322,11 @@ def _marked(answer: str) -> str:
     return answer if prose or not answer else rf"\boxed{{{answer}}}"
 
 
+def given_expressions(given: str) -> list[Any]:
+    """What math-verify reads in the answer of a completion; empty when that is nothing. Raises RuntimeError after 3 s."""
+    return _expressions(given) if _nesting(given) <= _DEEPEST_ANSWER else []
+
+
 def _nesting(answer: str) -> int:
     deepest = depth = 0
     for character in answer:
@@ -330,9 +341,9 @@ def _expressions(answer: str) -> list[Any]:
     from math_verify.errors import TimeoutException
 
     try:
-        return parse(answer, parsing_timeout=_SECONDS, raise_on_error=True)
+        return parse(answer, parsing_timeout=MATH_SECONDS, raise_on_error=True)
     except TimeoutException:
-        raise RuntimeError(f"math-verify did not parse an answer within {_SECONDS} s: {answer!r:.80}") from None
+        raise RuntimeError(f"math-verify did not parse an answer within {MATH_SECONDS} s: {answer!r:.80}") from None
     except Exception:  # of any kind, from sympy and its parser
         return []
 
@@ -342,14 +353,14 @@ def _equal(wanted: list[Any], found: list[Any]) -> bool:
     from math_verify.errors import TimeoutException
 
     try:
-        return verify(wanted, found, timeout_seconds=_SECONDS, raise_on_error=True)
+        return verify(wanted, found, timeout_seconds=MATH_SECONDS, raise_on_error=True)
     except TimeoutException:
-        raise RuntimeError(f"math-verify did not compare an answer within {_SECONDS} s") from None
+        raise RuntimeError(f"math-verify did not compare an answer within {MATH_SECONDS} s") from None
     except Exception:  # as above: whatever it is, it is no such answer
         return False
 
 
-def _as_plain(wanted: list[Any], found: list[Any]) -> bool:
+def as_plain(wanted: list[Any], found: list[Any]) -> bool:
     """Whether what was found is a number, too, in case a number is wanted."""
     from sympy import Equality, Integer, Mul, Number, Pow, UnevaluatedExpr
 
