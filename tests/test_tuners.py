@@ -27,7 +27,7 @@ RIGHT = [SEEDS.integers(5, 16, size=2 + i % 4).tolist() for i in range(N)]
 WRONG = [SEEDS.integers(5, 16, size=5 - i % 4).tolist() for i in range(N)]
 EQUAL_LENGTH = [SEEDS.integers(5, 16, size=4).tolist() for _ in range(N)]
 WEIGHTS = [0.0, 0.2, 3.0, 1.0, 1.3, 0.5]
-REFERENCE = -SEEDS.uniform(25, 60, size=(2, N))  # log-probabilities under some other policy
+REFERENCE = -SEEDS.uniform([[25.0], [80.0]], [[60.0], [120.0]], size=(2, N))  # log-probabilities under another policy
 
 
 @cache

@@ -123,6 +123,11 @@ class Rounds:
         rows, batches = self._rows(number, batch, chosen, weights)
         losses = self._fine_tune(number, rows, batches)
         metrics |= figures | more | _loss_metrics(losses)
+        _say(
+            f"round {number:>4}  {metrics['rounds/kept']:.1%} of {batch.raw_PGK[..., 0].size} samples pass; {losses.steps} "
+            f"steps on {len(chosen)}, effective share {weights.ess:.2f}; loss {losses.weighted:.4f}, unweighted "
+            f"{losses.unweighted:.4f}"
+        )
         self._save(number, metrics, time.perf_counter() - start)
         self.take(number)
         self.evaluate(number)
@@ -148,7 +153,13 @@ class Rounds:
         raw_PGK = gathered.raw_NK.reshape(size, params.samples_per_prompt, len(objectives))[places]
         answers = gather_object([_answers(self._reader, group) for group in groups])
         batch = Batch([everywhere[i] for i in places], raw_PGK, [answers[i] for i in places])
-        return batch, _objective_metrics(gathered)
+        return batch, _objective_metrics(gathered) | self._take_rollout_metrics()
+
+    def _take_rollout_metrics(self) -> dict[str, float]:
+        """How the weights reached the sampler, where they had to be sent; times go with the others."""
+        figures = self._rollouts.take_metrics()
+        self._timings |= {key: value for key, value in figures.items() if key.startswith("time/")}
+        return {key: value for key, value in figures.items() if not key.startswith("time/")}
 
     # --- what is trained on, and how much each counts -----------------------------------------------------------------
 
