@@ -25,6 +25,7 @@ from align.config import Config, describe, describe_sampling
 from align.engine import check_engine
 from align.load import load_config
 from align.plan import Plan, make_plan
+from align.selftrain.filters import reader_of
 from rewards.component import find_reward
 from rewards.types import Missing
 from rollout.prompts import Tokenizer
@@ -60,6 +61,8 @@ def check(path: str, processes: int, overrides: Sequence[str], whole: bool = Fal
             find_reward(objective.reward)
     else:
         check_shares(prompts, processes)
+        if config.selftrain is not None:
+            reader_of(config)
         warnings += advise_on_prompts(config, prompts)
         _print_prompts(prompts, context)
         _try_rewards(config, prompts, tokenizer)

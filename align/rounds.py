@@ -21,11 +21,15 @@ from align.guard import check_imports
 from align.launch import add_train_arguments, fail, quiet, relaunch_on_cpu, share_cores
 from align.plan import Plan, make_plan
 from align.runfolder import Run, open_run, processes, resume_command, write_folder
+from align.selftrain.filters import reader_of
+from align.selftrain.weigh import load_trusted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from align.selftrain.round import Rounds
+    from align.selftrain.rows import Pair
+    from rewards.answers import Reader
     from rewards.bus import RewardBus
 
 
@@ -73,6 +77,8 @@ class Built:
     bus: "RewardBus"
     plan: Plan
     arguments: Any
+    reader: "Reader | None"
+    trusted: "dict[str, list[Pair]]"
 
 
 def build(run: Run) -> Built:
@@ -84,12 +90,13 @@ def build(run: Run) -> Built:
     prompts = load_prompts(config, tokenizer, context)
     check_shares(prompts, plan.processes)
     check_engine(config)
+    reader, trusted = reader_of(config), load_trusted(config, tokenizer, tokenizer.eos_token_id, context)
     bus = build_bus(config, prompts.columns)
     from align.learner_args import tuner_arguments
     from align.selftrain.tuners import tuner_config  # imports TRL: seconds, so after what is quick to refuse
 
     options = tuner_arguments(config, plan, run.folder / "checkpoints")
-    return Built(model, tokenizer, prompts, bus, plan, tuner_config(config.rounds.method, options))
+    return Built(model, tokenizer, prompts, bus, plan, tuner_config(config.rounds.method, options), reader, trusted)
 
 
 @contextmanager
@@ -125,7 +132,7 @@ def build_rounds(run: Run, built: Built) -> Iterator["Rounds"]:
         engine.close()
         raise
     given = (config, built.plan, built.prompts, built.bus, built.tokenizer, built.model, run.folder)
-    parts = RoundParts(*given, files, archive, built.arguments)
+    parts = RoundParts(*given, files, archive, built.arguments, built.reader, built.trusted)
     rollouts = Rollouts(config, built.plan, built.prompts.train, sampler, policy, len(built.tokenizer))
     try:
         yield Rounds(parts, policy, rollouts)

@@ -11,6 +11,8 @@ def rounds_problems(config: Keys) -> list[str]:
     rounds, problems = config.rounds, []
     if rounds is None:
         return problems
+    if config.selftrain is None:
+        problems.append("selftrain is missing: say by selftrain.filter which samples are right ({at_least: ...})")
     default = {name: field.default for name, field in type(config).model_fields.items()}
     if config.weighting.type != "fixed" or len(set(config.weighting.weights.values())) > 1:
         problems.append("weighting: rounds weight samples and not objectives: remove it, and say by selftrain what passes")

@@ -6,7 +6,7 @@ Every process holds all samples of a round, so that all choose, weigh and order 
 import copy
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,10 +29,11 @@ from align.runlog import RunFiles
 from align.sampling import Place, evaluation_params, round_seed, training_params
 from align.scoring import score_together
 from align.selftrain.choose import Answers, Chosen, choose_pairs, choose_samples
+from align.selftrain.filters import Passed, passing
 from align.selftrain.policy_copy import PolicyCopy
 from align.selftrain.rows import Batches, Pair, Row, dpo_rows, kto_rows, pairs_of, sft_rows
-from align.selftrain.sift import passing, reader_of, weigh
 from align.selftrain.tuners import TunedLosses, fine_tune
+from align.selftrain.weigh import Material, weigh
 from align.selftrain.weights import Weights, answer_entropy
 from align.together import together
 from rewards.answers import Reader
@@ -61,6 +62,8 @@ class RoundParts:
         files: Where this process writes.
         archive: Evaluated points.
         arguments: TRL's.
+        reader: Finds the answer of a completion; None where no reward reads any.
+        trusted: Tokens of trusted samples, by file.
     """
 
     config: Config
@@ -73,6 +76,8 @@ class RoundParts:
     files: RunFiles
     archive: Archive
     arguments: Any
+    reader: Reader | None
+    trusted: dict[str, list[Pair]]
 
 
 @dataclass(frozen=True)
@@ -106,7 +111,6 @@ class Rounds:
         self._rollouts = rollouts
         self._place = Place(PartialState().process_index, parts.plan.processes)
         self._score = partial(score_together, parts.bus, config=parts.config.scoring, pause=lambda: None, stop=lambda: False)
-        self._reader = reader_of(parts.config)
         self._timings: dict[str, float] = {}
 
     def run(self, number: int) -> None:
@@ -119,7 +123,7 @@ class Rounds:
         start = time.perf_counter()
         batch, metrics = self._sample(number)
         chosen, figures = self._choose(number, batch)
-        weights, more = self._weigh(batch, chosen)
+        weights, more = self._weigh(number, batch, chosen)
         rows, batches = self._rows(number, batch, chosen, weights)
         losses = self._fine_tune(number, rows, batches)
         metrics |= figures | more | _loss_metrics(losses)
@@ -151,7 +155,7 @@ class Rounds:
         places = np.argsort(np.concatenate([np.arange(p, size, processes) for p in range(processes)]))
         everywhere = gather_object(groups)
         raw_PGK = gathered.raw_NK.reshape(size, params.samples_per_prompt, len(objectives))[places]
-        answers = gather_object([_answers(self._reader, group) for group in groups])
+        answers = gather_object([_answers(self.parts.reader, group) for group in groups])
         batch = Batch([everywhere[i] for i in places], raw_PGK, [answers[i] for i in places])
         return batch, _objective_metrics(gathered) | self._take_rollout_metrics()
 
@@ -165,28 +169,39 @@ class Rounds:
 
     def _choose(self, number: int, batch: Batch) -> tuple[Chosen, dict[str, float]]:
         """What this round trains on. Raises RoundError when that is nothing."""
-        rounds = self.parts.config.rounds
-        right_PG, failed = passing(self.parts.config, batch.raw_PGK)
-        rng = np.random.default_rng(round_seed(self.parts.config, number))
+        config, rounds = self.parts.config, self.parts.config.rounds
+        passed = passing(config.selftrain.filter, objectives_of(config), batch.raw_PGK, batch.answers_PG)
+        rng = np.random.default_rng(round_seed(config, number))
         if rounds.method == "sft":
-            chosen = choose_samples(right_PG, rounds.mixed_only, rounds.per_prompt, rng)
+            chosen = choose_samples(passed.right_PG, rounds.mixed_only, rounds.per_prompt, rng)
         else:
-            chosen = choose_pairs(right_PG, batch.answers_PG, rng)
+            chosen = choose_pairs(passed.right_PG, batch.answers_PG, rng)
         if not len(chosen):
-            raise RoundError(f"round {number}: {_why_nothing(rounds.method, right_PG, failed)}")
-        figures = {"kept": right_PG.mean(), "prompts": len(set(chosen.prompts)) / len(right_PG), "chosen": len(chosen)}
-        figures["clusters"] = np.mean([len(set(answers)) for answers in batch.answers_PG])
+            raise RoundError(f"round {number}: {_why_nothing(rounds.method, passed)}")
+        share = len(set(chosen.prompts)) / len(batch.groups)
+        figures = {"kept": passed.right_PG.mean(), "prompts": share, "chosen": len(chosen)}
+        if self.parts.reader is not None:
+            figures["clusters"] = np.mean([len(set(answers)) for answers in batch.answers_PG])
         return chosen, {f"rounds/{name}": float(value) for name, value in figures.items()}
 
-    def _weigh(self, batch: Batch, chosen: Chosen) -> tuple[Weights, dict[str, float]]:
-        """How much each of them counts: by its right sample and its prompt."""
+    def _weigh(self, number: int, batch: Batch, chosen: Chosen) -> tuple[Weights, dict[str, float]]:
+        """How much each of them counts: by its right sample and its prompt. Raises RoundError when that cannot be said."""
+        config, where = self.parts.config, (list(chosen.prompts), list(chosen.right))
         entropies_n = np.array([answer_entropy(batch.answers_PG[p]) for p in chosen.prompts])
         pairs = pairs_of(batch.groups, chosen.prompts, chosen.right)
-        weights = weigh(self.parts.config, entropies_n, lambda: self._losses(pairs))
+        material = Material(
+            objectives_of(config), batch.raw_PGK[where], entropies_n, self._losses, pairs, self.parts.trusted
+        )
+        try:
+            weights = weigh(config.selftrain, material, number, round_seed(config, number))
+        except ValueError as error:
+            raise RoundError(f"round {number}: {error}") from error
         if weights.collapsed:
-            _say(f"           weights collapsed (effective sample size {weights.ess:.3f} of 1): they are uniform this round")
-        figures = {"ess": weights.ess, "collapsed": float(weights.collapsed), "entropy": entropies_n.mean()}
+            _say(f"round {number:>4}  weights collapsed (effective share {weights.ess:.3f}): they are equal in this round")
+        figures = {"ess": weights.ess, "collapsed": float(weights.collapsed)}
         figures |= {"weight_mean": weights.values_n.mean(), "weight_max": weights.values_n.max()}
+        if self.parts.reader is not None:
+            figures["entropy"] = entropies_n.mean()
         return weights, {f"rounds/{name}": float(value) for name, value in figures.items()}
 
     def _log_probs(self, pairs: Sequence[Pair]) -> np.ndarray:
@@ -293,11 +308,11 @@ def _answers(reader: Reader | None, group: SampleGroup) -> list[str | None]:
     return [reader(text) for text in texts] if reader else [str(g) for g in range(len(texts))]
 
 
-def _why_nothing(method: str, right_PG: np.ndarray, failed: Mapping[str, int]) -> str:
+def _why_nothing(method: str, passed: Passed) -> str:
     """Why there is nothing to train on, and what helps."""
-    samples, mixed = right_PG.size, (right_PG.any(axis=1) & ~right_PG.all(axis=1)).sum()
+    right_PG, samples = passed.right_PG, passed.right_PG.size
     if not right_PG.any():
-        reasons = ", ".join(f"{count} fail {name}" for name, count in failed.items())
+        reasons = ", ".join(f"{count} fail {name}" for name, count in passed.failed.items())
         return (
             f"none of {samples} samples passes the filter ({reasons}): ease selftrain.filter, sample more (rounds.prompts, "
             "rollout.samples_per_prompt), or begin with a policy that gets some right"
@@ -305,12 +320,13 @@ def _why_nothing(method: str, right_PG: np.ndarray, failed: Mapping[str, int]) -
     if method == "sft":
         return (
             "of every prompt all samples pass, or none does, and rounds.mixed_only leaves such prompts out: set it to "
-            "false, or sharpen selftrain.filter"
+            "false, or ask more by selftrain.filter"
         )
+    mixed = int((right_PG.any(axis=1) & ~right_PG.all(axis=1)).sum())
     return (
-        f"no pairs for rounds.method={method}: {int(right_PG.sum())} of {samples} samples pass, and {mixed} of "
-        f"{len(right_PG)} prompts have both samples that pass and others, but of none does another state a wrong answer: "
-        "sample more per prompt, or take rounds.method=sft"
+        f"no pairs for rounds.method={method}: {int(right_PG.sum())} of {samples} samples pass, and of {len(right_PG)} "
+        f"prompts {mixed} have samples that pass and others, none of which states a wrong answer: sample more per prompt, "
+        "or take rounds.method=sft"
     )
 
 
