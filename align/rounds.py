@@ -123,7 +123,8 @@ def build_rounds(run: Run, built: Built) -> Iterator["Rounds"]:
         state.wait_for_everyone()  # everyone has read what the main process now cuts back
         files.resume(done if run.checkpoint else -1)
         archive.truncate(done if run.checkpoint else -1)
-    policy = PolicyCopy(config, built.tokenizer, built.plan.micro_batch_size)
+    precision = "bf16" if built.arguments.bf16 else "fp16" if built.arguments.fp16 else "no"
+    policy = PolicyCopy(config, built.tokenizer, built.plan.micro_batch_size, precision)
     policy.load(run.checkpoint or built.model)
     engine = open_engine(config, built.prompts, built.tokenizer, built.model, run.folder)
     try:

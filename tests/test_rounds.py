@@ -164,7 +164,7 @@ def test_nothing_passes(tmp_path, capsys):
 
 
 def test_no_pairs(tmp_path, capsys):
-    everything = "--selftrain.filter={at_least: {accuracy: 0}}"
+    everything = "--selftrain.filter={}"
     assert run(tmp_path / "run", everything, "--rounds.method=dpo", UNSEEN) == 2
     said = capsys.readouterr().err
     assert "no pairs for rounds.method=dpo: 32 of 32 samples pass" in said
@@ -172,7 +172,7 @@ def test_no_pairs(tmp_path, capsys):
 
 
 def test_all_pass(tmp_path, capsys):
-    everything = "--selftrain.filter={at_least: {accuracy: 0}}"
+    everything = "--selftrain.filter={}"
     assert run(tmp_path / "run", everything, UNSEEN) == 2
     assert "rounds.mixed_only leaves such prompts out" in capsys.readouterr().err
     assert run(tmp_path / "other", everything, UNSEEN, "--rounds.mixed_only=false", "--rounds.count=1") == 0
@@ -198,6 +198,7 @@ def test_each_command_knows_its_configurations(tmp_path, capsys):
         ("--evaluation.every=2", "every round is evaluated and saved"),
         ("--trl.learning_rate=1e-3", "trl.learning_rate is decided by `rounds.learning_rate`"),
         ("--trl.loss_type=dapo", "trl.loss_type is an option of GRPO"),
+        ("--trl.report_to=tensorboard", "trl.report_to cannot be set for rounds: a round is one line"),
         (
             "--rounds={count: 1, method: dpo, per_prompt: 2}",
             "rounds.per_prompt: rounds.method=dpo takes one pair per prompt",

@@ -3,7 +3,12 @@
 from align.config.sections import Keys, LearnerConfig
 from align.trl_options import shared_options
 
-DECIDED = {"learning_rate": "rounds.learning_rate", "beta": "rounds.beta", "per_device_eval_batch_size": "evaluation"}
+DECIDED = {"learning_rate": "rounds.learning_rate", "beta": "rounds.beta", "train_sampling_strategy": "seed"}
+REFUSED = {  # option of TRL -> why rounds do not take it
+    "average_tokens_across_devices": "samples are averaged, not tokens",
+    "label_smoothing_factor": "the weights are of the plain loss",
+    "report_to": "a round is one line of metrics.jsonl",
+}
 
 
 def rounds_problems(config: Keys) -> list[str]:
@@ -32,6 +37,8 @@ def rounds_problems(config: Keys) -> list[str]:
     for name in config.trl:
         if name in DECIDED:
             problems.append(f"trl.{name} is decided by `{DECIDED[name]}`: set that instead")
+        elif name in REFUSED:
+            problems.append(f"trl.{name} cannot be set for rounds: {REFUSED[name]}")
         elif name not in shared_options():
             problems.append(f"trl.{name} is an option of GRPO, and not of all trainers of TRL: remove it")
     return problems

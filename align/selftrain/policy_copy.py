@@ -6,7 +6,7 @@ without gradients or optimiser states, as much as a sharded learner gathers in o
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +23,8 @@ from align.config import Config
 from align.policy import sampler_dtype
 from align.weights import describe_weights, named_weights
 
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class PolicyCopy:
     """Holds the weights of one round, and answers what a sampler asks of a learner.
@@ -31,9 +33,12 @@ class PolicyCopy:
         config: Says which type the weights have.
         tokenizer: The policy's.
         micro_batch_size: Samples scored at once.
+        mixed_precision: Type to compute in where the fine-tuning does so: `bf16`, `fp16`, or `no`.
     """
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int):
+    def __init__(
+        self, config: Config, tokenizer: PreTrainedTokenizerBase, micro_batch_size: int, mixed_precision: str = "no"
+    ):
         state = PartialState()
         self.accelerator = SimpleNamespace(
             process_index=state.process_index,
@@ -42,7 +47,7 @@ class PolicyCopy:
             device=state.device,
             distributed_type=DistributedType.NO,
             is_fsdp2=False,
-            mixed_precision="no",
+            mixed_precision=mixed_precision,
             state=SimpleNamespace(deepspeed_plugin=None),
         )
         self._config = config
@@ -101,6 +106,8 @@ class PolicyCopy:
         width = max(map(len, sequences))
         tokens = torch.tensor([[*s, *[0] * (width - len(s))] for s in sequences], device=self.accelerator.device)
         mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=self.accelerator.device)
-        logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+        kind = _AUTOCAST.get(self.accelerator.mixed_precision)
+        with torch.autocast(self.accelerator.device.type, dtype=kind) if kind else nullcontext():
+            logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, :-1].float()
         log_probs = -torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
         return [row[: len(s) - 1] for row, s in zip(log_probs.double().tolist(), sequences, strict=True)]
