@@ -25,7 +25,7 @@ from align.config import Config, describe, describe_sampling
 from align.engine import check_engine
 from align.load import load_config
 from align.plan import Plan, make_plan
-from align.selftrain.filters import reader_of
+from align.selftrain.sources import load_sources
 from rewards.component import find_reward
 from rewards.types import Missing
 from rollout.prompts import Tokenizer
@@ -61,8 +61,7 @@ def check(path: str, processes: int, overrides: Sequence[str], whole: bool = Fal
             find_reward(objective.reward)
     else:
         check_shares(prompts, processes)
-        if config.selftrain is not None:
-            reader_of(config)
+        load_sources(config, tokenizer, 0, context)
         warnings += advise_on_prompts(config, prompts)
         _print_prompts(prompts, context)
         _try_rewards(config, prompts, tokenizer)

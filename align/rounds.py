@@ -22,7 +22,7 @@ from align.launch import add_train_arguments, fail, quiet, relaunch_on_cpu, shar
 from align.plan import Plan, make_plan
 from align.runfolder import Run, open_run, processes, resume_command, write_folder
 from align.selftrain.filters import reader_of
-from align.selftrain.weigh import load_trusted
+from align.selftrain.sources import load_trusted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

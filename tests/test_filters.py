@@ -9,8 +9,9 @@ import pytest
 from align.config.selftrain import FilterConfig, SelftrainConfig
 from align.load import ConfigError, load_config
 from align.selftrain.filters import best_of_group, in_majority, passing, reader_of
+from align.selftrain.sources import load_trusted
 from align.selftrain.tilt import TiltError
-from align.selftrain.weigh import Material, load_trusted, weigh
+from align.selftrain.weigh import Material, weigh
 from rewards.types import Missing, Objective
 from tests.conftest import ROOT
 
@@ -49,7 +50,9 @@ def test_what_no_other_sample_of_its_prompt_beats():
 def material(**more) -> Material:
     given = {
         "objectives": OBJECTIVES,
-        "raw_nK": np.array([[1.0, 5], [1, 10], [0, 15], [0, 20]]),
+        "raw_MK": np.array([[1.0, 5], [1, 10], [0, 15], [0, 20]]),
+        "places_n": np.arange(4),
+        "duals_n": np.ones(4),
         "entropies_n": np.array([0.0, 1, 1, 2]),
         "measure": lambda pairs: np.array([pair[1][0] for pair in pairs], float),
         "pairs": [((0,), (loss,)) for loss in (1, 2, 3, 4)],
@@ -108,7 +111,7 @@ def test_too_few_that_count_make_all_count():
 
 
 def test_a_missing_value_is_not_guessed():
-    hole = material(raw_nK=np.array([[1, 5], [1, NAN], [0, 15], [0, 20]]))
+    hole = material(raw_MK=np.array([[1, 5], [1, NAN], [0, 15], [0, 20]]))
     section = SelftrainConfig(weights=[{"type": "tilt", "means": {"length": 10}}])
     with pytest.raises(ValueError, match="tilt needs every value of 'length', and 1 of 4 are missing"):
         weigh(section, hole, 1, 0)
@@ -133,7 +136,7 @@ def trusted(tmp_path: Path, *rows: dict, context: int = 99):
 
 
 def test_trusted_samples(tmp_path):
-    assert trusted(tmp_path, {"prompt": "a", "completion": "bc"}) == [((97,), [98, 99, 0])]
+    assert trusted(tmp_path, {"prompt": "a", "completion": "bc"}) == [((97,), (98, 99, 0))]
     with pytest.raises(ValueError, match=r"trusted.jsonl': the source holds no rows"):
         trusted(tmp_path)
     with pytest.raises(ValueError, match="row 2 has no text in its field 'completion'"):

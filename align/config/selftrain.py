@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import BeforeValidator, Field, FiniteFloat, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from align.config.base import Name, Section, as_section
 
@@ -63,11 +63,13 @@ class LossWeights(Section):
     temperature: PositiveFloat = 1.0
     """The larger, the more equal."""
     warm_up: NonNegativeInt = 0
-    """First rounds, in which these weights are equal."""
+    """First steps (or rounds) in which these weights are equal."""
 
 
 class FeasibleWeights(Section):
-    """By the multiplier of a constraint, loss below a threshold, after one step from 1 (feasible learning)."""
+    """By the multiplier of a constraint, loss below a threshold (feasible learning).
+
+    It starts at 1, and a step of it is taken whenever the sample is drawn; a round takes one from 1."""
 
     type: Literal["feasible"]
     threshold: FiniteFloat
@@ -113,15 +115,48 @@ def _as_list(value: Any) -> Any:
     return [as_section(entry) for entry in entries] if isinstance(entries, list) else entries
 
 
+AnyPromptWeights = Annotated[UniformWeights | ShuffledWeights | EntropyWeights, Field(discriminator="type")]
+
+
+class PoolConfig(Section):
+    """The samples that passed, over all batches so far: what the term draws from."""
+
+    size: PositiveInt = 4096
+    """Most of them; the oldest goes. One that is sampled again counts as new."""
+    per_prompt: PositiveInt = 4
+    """Most samples of one prompt; its oldest goes."""
+    seeds: str = ""
+    """A .jsonl(.gz) or .parquet file of trusted samples, with fields `prompt` and `completion`, that are in the pool from
+    the start and for good, besides `size`."""
+
+
+class TermConfig(Section):
+    """Weighted negative log-likelihood of samples of the pool, added to the loss of every update."""
+
+    coefficient: PositiveFloat = 0.1
+    samples: PositiveInt = 32
+    """Drawn for each update, over all processes; all of a smaller pool."""
+    normaliser: Literal["tokens", "sequences"] = "tokens"
+    """`tokens`: the sum over all completion tokens of the draw is divided by their number. `sequences`: the mean of each
+    sample over its tokens is averaged over the samples, so that a long one counts no more than a short one."""
+
+
 class SelftrainConfig(Section):
-    """Self-training on the policy's own samples. Losses are mean nats per completion token under the policy."""
+    """Self-training on the policy's own samples. Losses are mean nats per completion token under the policy.
+
+    In training, `term` and `prompts` say where weights act, one of them at least; `rounds` weigh the samples of a round.
+    """
 
     filter: FilterConfig = FilterConfig()
     answers: Name | None = None
     """Objective whose reward reads the answers of `filter.majority`, entropies and pairs; by default the first that does."""
     weights: Annotated[list[AnyWeights], BeforeValidator(_as_list)] = []
-    """Multiplied with one another; none are equal ones."""
+    """Of samples, multiplied with one another; none are equal ones."""
     cap: float = Field(10.0, ge=1)
     """Largest weight, the mean being 1."""
     least_ess: float = Field(0.1, ge=0, le=1)
     """Effective sample size, as a share, below which weights are given up for equal ones."""
+    pool: PoolConfig = PoolConfig()
+    term: TermConfig | None = None
+    prompts: Annotated[list[AnyPromptWeights], BeforeValidator(_as_list)] = []
+    """Of the prompts of a batch, multiplied with one another and with the advantages of their samples; mean one."""

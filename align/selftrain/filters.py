@@ -80,7 +80,8 @@ def reader_of(config: Config) -> Reader | None:
     if section.answers:
         raise ValueError(f"selftrain.answers: the reward of {section.answers!r} reads no answers; {readers}")
     needs = ["selftrain.filter.majority"] if section.filter.majority else []
-    needs += ["selftrain.weights: entropy" for weights in section.weights if weights.type == "entropy"]
+    for key, entries in (("weights", section.weights), ("prompts", section.prompts)):
+        needs += [f"selftrain.{key}: entropy" for weights in entries if weights.type == "entropy"]
     if needs:
         raise ValueError(f"{needs[0]} looks at answers, and no objective's reward reads them; {readers}")
     return None

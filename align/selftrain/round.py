@@ -189,8 +189,16 @@ class Rounds:
         config, where = self.parts.config, (list(chosen.prompts), list(chosen.right))
         entropies_n = np.array([answer_entropy(batch.answers_PG[p]) for p in chosen.prompts])
         pairs = pairs_of(batch.groups, chosen.prompts, chosen.right)
+        everything, ones_n = np.arange(len(chosen)), np.ones(len(chosen))
         material = Material(
-            objectives_of(config), batch.raw_PGK[where], entropies_n, self._losses, pairs, self.parts.trusted
+            objectives_of(config),
+            batch.raw_PGK[where],
+            everything,
+            ones_n,
+            entropies_n,
+            self._losses,
+            pairs,
+            self.parts.trusted,
         )
         try:
             weights = weigh(config.selftrain, material, number, round_seed(config, number))
