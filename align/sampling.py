@@ -10,7 +10,7 @@ import numpy as np
 from align.config import Config
 from rollout.sampler import SamplingParams
 
-_TRAINING, _EVALUATION, _ROUND = 0, 1, 2  # streams of random numbers
+_TRAINING, _EVALUATION, _ROUND, _POOL = 0, 1, 2, 3  # streams of random numbers
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ def evaluation_params(config: Config, place: Place) -> SamplingParams:
         stride=place.processes,
         seed=_seed(config.seed, _EVALUATION, *_of_process(config, place)),
     )
+
+
+def pool_seed(config: Config, step: int, use: int) -> int:
+    """Of what self-training draws at random for the update after `step` optimiser steps, for each of its uses."""
+    return _seed(config.seed, _POOL, step, use)
 
 
 def _of_process(config: Config, place: Place) -> tuple[int, ...]:

@@ -21,6 +21,8 @@ from align.guard import check_imports
 from align.launch import add_train_arguments, fail, quiet, relaunch_on_cpu, share_cores
 from align.plan import Plan, Schedule, make_plan
 from align.runfolder import Run, open_run, processes, resume_command, write_folder
+from align.selftrain.pool import refuse_other_pool
+from align.selftrain.sources import Sources, load_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -75,6 +77,7 @@ class Built:
     prompts: PromptSets
     bus: "RewardBus"
     plan: Plan
+    sources: Sources
     trl: "GRPOConfig"
 
 
@@ -87,12 +90,15 @@ def build(run: Run) -> Built:
     prompts = load_prompts(config, tokenizer, context)
     check_shares(prompts, plan.processes)
     check_engine(config)
+    sources = load_sources(config, tokenizer, tokenizer.eos_token_id, context)
+    if run.resumed:
+        refuse_other_pool(run.folder, config)
     bus = build_bus(config, prompts.columns)
     from align.learner import GRPOConfig  # imports TRL: seconds, so after what is quick to refuse
     from align.learner_args import trl_arguments
 
     arguments = trl_arguments(config, plan, run.folder / "checkpoints", run.evaluates_first)
-    return Built(model, tokenizer, prompts, bus, plan, GRPOConfig(**arguments))
+    return Built(model, tokenizer, prompts, bus, plan, sources, GRPOConfig(**arguments))
 
 
 def build_learner(
@@ -131,9 +137,8 @@ def build_learner(
         config.rollout.samples_per_prompt,
         config.scoring.max_failed,
     )
-    parts = Parts(
-        config, built.plan, schedule, rules, built.prompts, built.bus, built.tokenizer, built.model, files, archive, stop
-    )
+    of_built = (built.prompts, built.bus, built.tokenizer, built.model)
+    parts = Parts(config, built.plan, schedule, rules, *of_built, files, archive, built.sources, stop)
     engine = open_engine(config, built.prompts, built.tokenizer, built.model, run.folder)
     try:
         return Learner(parts, built.trl, engine.sampler, callbacks)

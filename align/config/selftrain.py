@@ -19,6 +19,11 @@ class FilterConfig(Section):
     nondominated: bool = False
     """Be one that no sample of its prompt beats in one objective without losing in another."""
 
+    @property
+    def asks(self) -> bool:
+        """Whether there is anything to meet."""
+        return bool(self.at_least or self.at_most or self.majority or self.nondominated)
+
 
 class UniformWeights(Section):
     """Equal weights: the control without any."""
