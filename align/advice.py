@@ -8,6 +8,8 @@ from align.config.weighting import Adaptive
 
 def advise(config: Config) -> list[str]:
     """Warnings about combinations of keys."""
+    if config.rounds is not None:
+        return []  # what it knows of belongs to training by advantages
     return [
         *_on_weights(config),
         *_on_moves(config),

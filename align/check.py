@@ -24,7 +24,8 @@ from align.build import (
 from align.config import Config, describe, describe_sampling
 from align.engine import check_engine
 from align.load import load_config
-from align.plan import make_plan
+from align.plan import Plan, make_plan
+from align.selftrain.sources import load_sources
 from rewards.component import find_reward
 from rewards.types import Missing
 from rollout.prompts import Tokenizer
@@ -45,13 +46,7 @@ def check(path: str, processes: int, overrides: Sequence[str], whole: bool = Fal
     check_engine(config)
     if whole:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=110))
-    print(f"batch: {config.rollout.prompts_per_batch} prompts x {config.rollout.samples_per_prompt} samples = "
-          f"{plan.samples_per_batch}; {plan.samples_per_process} per process, in {plan.passes_per_batch} pass(es) of "
-          f"{plan.micro_batch_size}; {plan.accumulation} pass(es) per update")  # fmt: skip
-    print(f"run:   {config.steps} steps = {plan.batches} batches, {plan.prompts} prompts, "
-          f"{plan.samples_by(config.steps)} samples")  # fmt: skip
-    print(f"sampling:  {describe_sampling(config.rollout)}")
-    print(f"weighting: {describe(config)}")
+    print(_describe(config, plan))
     warnings = advise(config)
     model = locate_policy(config)
     try:
@@ -66,6 +61,7 @@ def check(path: str, processes: int, overrides: Sequence[str], whole: bool = Fal
             find_reward(objective.reward)
     else:
         check_shares(prompts, processes)
+        load_sources(config, tokenizer, 0, context)
         warnings += advise_on_prompts(config, prompts)
         _print_prompts(prompts, context)
         _try_rewards(config, prompts, tokenizer)
@@ -73,6 +69,27 @@ def check(path: str, processes: int, overrides: Sequence[str], whole: bool = Fal
         print(f"warning: {warning}")
     print(f"{path}: ok")
     return 0
+
+
+def _describe(config: Config, plan: Plan) -> str:
+    """The arithmetic, the sampling, and what decides what is learned."""
+    rollout, rounds = config.rollout, config.rounds
+    sampling = f"sampling:  {describe_sampling(rollout)}"
+    if rounds is not None:
+        return (
+            f"rounds: {rounds.count}, each of {rounds.prompts} prompts x {rollout.samples_per_prompt} samples = "
+            f"{plan.samples_per_batch}; {rounds.method}, {plan.processes} process(es) x {plan.accumulation} pass(es) of "
+            f"{plan.micro_batch_size} per update\n{sampling}"
+        )
+    return (
+        f"batch: {rollout.prompts_per_batch} prompts x {rollout.samples_per_prompt} samples = {plan.samples_per_batch}; "
+        f"{plan.samples_per_process} per process, in {plan.passes_per_batch} pass(es) of {plan.micro_batch_size}; "
+        f"{plan.accumulation} pass(es) per update\n"
+        f"run:   {config.steps} steps = {plan.batches} batches, {plan.prompts} prompts, "
+        f"{plan.samples_by(config.steps)} samples\n"
+        f"{sampling}\n"
+        f"weighting: {describe(config)}"
+    )
 
 
 def _is_remote(model: str, config: Config) -> bool:

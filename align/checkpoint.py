@@ -24,6 +24,7 @@ class RunState:
         weighting: State of the weighting scheme, as JSON.
         gram: Inner products of the objectives' gradients (K, K) that wait for the next batch; empty when there are none.
         watch: What the watch for reward hacking remembers, as JSON.
+        duals: Multipliers of the samples in the pool, in their order; empty when there are none.
     """
 
     step: int
@@ -33,6 +34,7 @@ class RunState:
     weighting: dict[str, Any]
     gram: list[list[float]] = field(default_factory=list)
     watch: dict[str, Any] = field(default_factory=dict)
+    duals: list[float] = field(default_factory=list)
 
 
 def checkpoint_name(step: int) -> str:

@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_imports()
         return options.run(options, overrides)
     except ValueError as error:
-        if options.run is _train:  # it says itself what a user can mend; the rest is a defect, to be shown whole
+        if options.run in (_train, _rounds):  # it says itself what a user can mend; the rest is a defect, to be shown whole
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -48,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "Train a policy (one process; `accelerate launch -m align.train` for more).", True)
     add_train_arguments(train)
+    rounds = command("rounds", _rounds, "Rounds of self-training: sample, filter, weight, fine-tune, repeat.", True)
+    add_train_arguments(rounds)
     check = command("check", _check, "Say what a configuration would do, and what is wrong with it; loads no model.", True)
     check.add_argument("config", metavar="FILE")
     check.add_argument("--print", action="store_true", help="print the whole configuration as well, with all defaults")
@@ -71,6 +73,12 @@ def _train(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from align.train import train
 
     return train(options.config, options.resume, overrides)
+
+
+def _rounds(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from align.rounds import rounds
+
+    return rounds(options.config, options.resume, overrides)
 
 
 def _check(options: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 _PATIENT = ("--shutdown_timeout", "600")  # seconds to finish the step and save it after Ctrl-C, before SIGKILL
 _LAUNCHERS = (("accelerate", "launch"), ("accelerate-launch",), ("-m", "accelerate.commands.launch"))
+_OURS = ("align.train", "align.rounds")
 _RANKS = ("RANK", "LOCAL_RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # somebody did launch
 
 
@@ -97,10 +98,10 @@ def launchers() -> list[Sequence[str]]:
 
 
 def launcher_options(commands: Sequence[Sequence[str]]) -> str | None:
-    """The options of the nearest `accelerate launch -m align.train`, quoted, after a space; None where there is none."""
+    """The options of the nearest `accelerate launch -m` of ours, quoted, after a space; None where there is none."""
     for command in commands:
         words = [Path(word).name if Path(word).name.startswith("accelerate") else word for word in command]
-        modules = [n for n in range(1, len(words)) if words[n] == "align.train" and words[n - 1] in ("-m", "--module")]
+        modules = [n for n in range(1, len(words)) if words[n] in _OURS and words[n - 1] in ("-m", "--module")]
         for start in range(len(words)) if modules else ():
             for launcher in _LAUNCHERS:
                 if tuple(words[start : start + len(launcher)]) == launcher:
@@ -114,3 +115,10 @@ def script(name: str) -> str:
     own = Path(sys.executable).with_name(name)
     found = shutil.which(name)
     return name if found and Path(found) == own else shlex.quote(os.path.relpath(own))
+
+
+def fail(error: BaseException, advice: str = "", status: int = 2) -> int:
+    """Print an error for the user, once for all processes; the exit status."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"error: {error}" + (f"\n{advice}" if advice else ""), file=sys.stderr)
+    return status

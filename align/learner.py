@@ -43,6 +43,7 @@ from align.probing import Probing
 from align.rollouts import Rollouts
 from align.sampling import Place, evaluation_params
 from align.scoring import score_together
+from align.selftrain.training import SelfTraining
 from align.step import take_step
 from align.together import check_agreement
 from align.weighting import Signal, WeightState
@@ -57,7 +58,7 @@ TRL_REWARD_METRICS = ("reward", "reward_std", "frac_reward_zero_std")  # TRL's, 
 AGREEMENT_EVERY = 10  # steps between comparisons of the weights across processes
 
 
-class Learner(PolicyAccess, Probing, GRPOTrainer):
+class Learner(PolicyAccess, SelfTraining, Probing, GRPOTrainer):
     """Trains the policy on the advantages that `take_step` gives.
 
     Args:
@@ -98,6 +99,7 @@ class Learner(PolicyAccess, Probing, GRPOTrainer):
         )
         if Signal.GRAM in parts.rules.scheme.needs:
             self._probe = build_probe(parts.config, self.model, parts.plan.micro_batch_size, self.aux_loss_enabled)
+        self.begin_selftraining()
         self._watch = HackingWatch()
         self._told: set[str] = set()
         self._tokens_before = 0  # tokens seen before the batch being sampled
@@ -129,7 +131,7 @@ class Learner(PolicyAccess, Probing, GRPOTrainer):
             if self._probe.ordinary and self.parts.rules.scheme.due(result.state, step + self.parts.plan.steps_per_batch):
                 output[OBJECTIVE_ADVANTAGES] = self._advantages_alone()
         local = slice(len(inputs) * self.accelerator.process_index, len(inputs) * (self.accelerator.process_index + 1))
-        advantages_N = result.advantages_PG.reshape(-1)[local]
+        advantages_N = self.take_in(result.advantages_PG).reshape(-1)[local]
         self.parts.files.samples.write(step + 1, self._groups, self._scored, result.state.weights_K, advantages_N)
         self._log_batch({**result.metrics, **watched})
         if self.use_vllm:
@@ -232,6 +234,7 @@ class Learner(PolicyAccess, Probing, GRPOTrainer):
                     self.weight_state.to_json(),
                     self._probe.waiting_KK.tolist() if Signal.GRAM in self.parts.rules.scheme.needs else [],
                     self._watch.memory.to_json(),
+                    self.selftraining_duals(),
                 ),
             )
             front = {point.step for point in self.parts.archive.front()} if config.checkpoint.keep_front else set()
@@ -247,6 +250,7 @@ class Learner(PolicyAccess, Probing, GRPOTrainer):
             self._step = state.micro_step
             self.weight_state = WeightState.from_json(state.weighting)
             self._watch = HackingWatch(Memory.from_json(state.watch))
+            self.resume_selftraining(state.duals)
             if state.gram:
                 self._probe.waiting_KK = np.array(state.gram)
             if self._is_mid_batch(self._step):

@@ -1,4 +1,4 @@
-"""What TRL's GRPOConfig is given: the user's `trl:` table, and what our own keys decide. Imports no TRL."""
+"""What TRL's configurations are given: the user's `trl:` table, and what our own keys decide. Imports no TRL."""
 
 import os
 from pathlib import Path
@@ -16,25 +16,6 @@ KEEP_REFERENCE = 1e-12  # a coefficient so small that it does nothing, but TRL t
 
 def trl_arguments(config: Config, plan: Plan, checkpoints: Path, evaluate_first: bool) -> dict[str, Any]:
     """Arguments of GRPOConfig for a run. Raises ValueError when the GPUs are not shared among processes."""
-    told = told_to_use_cpu(os.environ) or config.trl.get("use_cpu", False)
-    cpu = told or not torch.accelerator.is_available()
-    if plan.processes == 1 and not cpu and torch.cuda.device_count() > 1:
-        if config.rollout.engine.type == "vllm" and not config.rollout.engine.urls:
-            raise ValueError(
-                "one learner process on a GPU of its own beside vLLM's: start the server by CUDA_VISIBLE_DEVICES=1 "
-                "paretune worker MODEL, the run by CUDA_VISIBLE_DEVICES=0, and name the server in rollout.engine.urls"
-            )
-        raise ValueError(
-            f"one process and {torch.cuda.device_count()} visible GPUs: train on all by `accelerate launch --multi_gpu "
-            f"--num_processes {torch.cuda.device_count()} -m align.train ...`, or on one by CUDA_VISIBLE_DEVICES=0"
-        )
-    defaults = {
-        "use_cpu": cpu,
-        "bf16": not cpu and not config.trl.get("fp16") and torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
-        "dataloader_pin_memory": not cpu,
-        "ddp_find_unused_parameters": False,  # a causal language model uses all
-        "report_to": "none",
-    }
     owned = {
         "output_dir": str(checkpoints),
         "seed": config.seed,
@@ -63,7 +44,55 @@ def trl_arguments(config: Config, plan: Plan, checkpoints: Path, evaluate_first:
         }
     if Signal.KL in config.weighting.needs and not config.trl.get("beta"):
         owned["beta"] = KEEP_REFERENCE
-    return defaults | dict(config.trl) | owned
+    return _defaults(config, plan) | dict(config.trl) | owned
+
+
+def tuner_arguments(config: Config, plan: Plan, checkpoints: Path) -> dict[str, Any]:
+    """Arguments of SFTConfig, DPOConfig or KTOConfig for the rounds of a run; each round has its own seed and steps.
+
+    Raises:
+        ValueError: As `trl_arguments`.
+    """
+    owned = {
+        "output_dir": str(checkpoints),
+        "seed": config.seed,
+        "max_steps": 1,
+        "model_init_kwargs": {"dtype": config.policy.dtype, "revision": config.policy.revision},
+        "trust_remote_code": config.policy.trust_remote_code,
+        "learning_rate": config.rounds.learning_rate,
+        "per_device_train_batch_size": plan.micro_batch_size,
+        "gradient_accumulation_steps": plan.accumulation,
+        "max_length": None,  # what fits the sampler's context fits here
+        "train_sampling_strategy": "sequential",  # the rows are in their order already
+        "logging_strategy": "no",
+        "save_strategy": "no",
+    }
+    if config.rounds.method != "sft":
+        owned |= {"beta": config.rounds.beta, "precompute_ref_log_probs": True}
+    return _defaults(config, plan) | dict(config.trl) | owned
+
+
+def _defaults(config: Config, plan: Plan) -> dict[str, Any]:
+    """What the machine decides, unless the user does. Raises ValueError when the GPUs are not shared among processes."""
+    told = told_to_use_cpu(os.environ) or config.trl.get("use_cpu", False)
+    cpu = told or not torch.accelerator.is_available()
+    if plan.processes == 1 and not cpu and torch.cuda.device_count() > 1:
+        if config.rollout.engine.type == "vllm" and not config.rollout.engine.urls:
+            raise ValueError(
+                "one learner process on a GPU of its own beside vLLM's: start the server by CUDA_VISIBLE_DEVICES=1 "
+                "paretune worker MODEL, the run by CUDA_VISIBLE_DEVICES=0, and name the server in rollout.engine.urls"
+            )
+        raise ValueError(
+            f"one process and {torch.cuda.device_count()} visible GPUs: train on all by `accelerate launch --multi_gpu "
+            f"--num_processes {torch.cuda.device_count()} -m align.train ...`, or on one by CUDA_VISIBLE_DEVICES=0"
+        )
+    return {
+        "use_cpu": cpu,
+        "bf16": not cpu and not config.trl.get("fp16") and torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        "dataloader_pin_memory": not cpu,
+        "ddp_find_unused_parameters": False,  # a causal language model uses all
+        "report_to": "none",
+    }
 
 
 def peft_config(config: Config) -> LoraConfig | None:

@@ -10,6 +10,7 @@ from align.build import PromptSets
 from align.config import Config
 from align.plan import Plan, Schedule
 from align.runlog import RunFiles
+from align.selftrain.sources import Sources
 from align.step import StepRules
 from rewards.bus import RewardBus
 
@@ -29,6 +30,7 @@ class Parts:
         model: Folder or hub name of the policy.
         files: Where this process writes.
         archive: Evaluated points.
+        sources: What self-training needs.
         stop: Whether this process was asked to stop.
     """
 
@@ -42,4 +44,5 @@ class Parts:
     model: str
     files: RunFiles
     archive: Archive
+    sources: Sources
     stop: Callable[[], bool]

@@ -55,6 +55,8 @@ class Schedule:
 
 def make_plan(config: Config, processes: int) -> Plan:
     """The plan of a run. Raises ValueError that names the numbers that do not fit."""
+    if config.rounds is not None:
+        return _plan_of_rounds(config, processes)
     prompts, group, updates = (
         config.rollout.prompts_per_batch,
         config.rollout.samples_per_prompt,
@@ -86,4 +88,34 @@ def make_plan(config: Config, processes: int) -> Plan:
         batches=batches,
         prompts=batches * prompts,
         steps_per_batch=steps_per_batch,
+    )
+
+
+def _plan_of_rounds(config: Config, processes: int) -> Plan:
+    """A round in the place of a step, and of a batch of samples."""
+    rounds, count = config.rounds, config.rounds.prompts * config.rollout.samples_per_prompt
+    micro = config.learner.micro_batch_size or rounds.batch_size // processes
+    if not micro or rounds.batch_size % (micro * processes):
+        key = f" of learner.micro_batch_size={micro}" if config.learner.micro_batch_size else ""
+        raise ValueError(
+            f"rounds.batch_size={rounds.batch_size} cannot be split over {processes} process(es){key}: choose numbers that "
+            "divide"
+        )
+    if rounds.method == "kto" and micro < 2:
+        raise ValueError(
+            f"rounds.method=kto compares samples within a micro-batch, and rounds.batch_size={rounds.batch_size} leaves "
+            f"each of {processes} process(es) one: make it {2 * processes} at least"
+        )
+    if rounds.prompts < processes:
+        raise ValueError(f"rounds.prompts={rounds.prompts} cannot be shared by {processes} processes: give one for each")
+    return Plan(
+        processes=processes,
+        samples_per_batch=count,
+        samples_per_process=-(-count // processes),
+        micro_batch_size=micro,
+        accumulation=rounds.batch_size // (micro * processes),
+        passes_per_batch=rounds.batch_size // (micro * processes),
+        batches=rounds.count,
+        prompts=rounds.count * rounds.prompts,
+        steps_per_batch=1,
     )

@@ -32,6 +32,9 @@ CURVES = {
     "completions/mean_length": "completion length (tokens)",
     "groups/effective": "share of effective groups",
     "learning_rate": "learning rate",
+    "rounds/kept": "share of samples that pass",
+    "rounds/unweighted_loss": "loss without weights",
+    "rounds/ess": "effective sample size of the weights (share)",
     "policy_age": "age of the sampling policy (steps)",
 }
 ONLY_IF_IT_CHANGES = ("learning_rate", "policy_age")

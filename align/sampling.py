@@ -10,7 +10,7 @@ import numpy as np
 from align.config import Config
 from rollout.sampler import SamplingParams
 
-_TRAINING, _EVALUATION = 0, 1  # streams of random numbers
+_TRAINING, _EVALUATION, _ROUND, _POOL = 0, 1, 2, 3  # streams of random numbers
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,11 @@ def evaluation_params(config: Config, place: Place) -> SamplingParams:
     )
 
 
+def pool_seed(config: Config, step: int, use: int) -> int:
+    """Of what self-training draws at random for the update after `step` optimiser steps, for each of its uses."""
+    return _seed(config.seed, _POOL, step, use)
+
+
 def _of_process(config: Config, place: Place) -> tuple[int, ...]:
     """An engine with one generator needs one per process; with vLLM every sample has its own, by its place."""
     return (place.process,) if config.rollout.engine.type == "transformers" else ()
@@ -59,3 +64,8 @@ def _of_process(config: Config, place: Place) -> tuple[int, ...]:
 def _seed(*key: int) -> int:
     """31 bits, a pure function of the key."""
     return int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
+
+
+def round_seed(config: Config, number: int) -> int:
+    """Of what a round of self-training draws besides its samples: which it trains on, in which order, new adapters."""
+    return _seed(config.seed, _ROUND, number)

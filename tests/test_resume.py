@@ -15,8 +15,7 @@ import torch
 
 from align.checkpoint import complete_checkpoints
 from align.load import load_config
-from align.runfolder import Run
-from align.train import _resume_command
+from align.runfolder import Run, resume_command
 from tests import forks
 from tests.conftest import QUICKSTART, ROOT, command, environment, overrides, read_lines
 
@@ -172,12 +171,12 @@ def test_the_command_to_go_on_with_is_that_of_this_environment(tmp_path, monkeyp
     foreign.chmod(0o755)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{own}:{tmp_path}")
-    assert _resume_command(run) == "paretune train --resume 'a run'"
+    assert resume_command(run) == "paretune train --resume 'a run'"
     monkeypatch.setenv("PATH", f"{tmp_path}:{own}")
-    assert _resume_command(run) == f"{os.path.relpath(own)}/paretune train --resume 'a run'"
+    assert resume_command(run) == f"{os.path.relpath(own)}/paretune train --resume 'a run'"
     monkeypatch.setenv("WORLD_SIZE", "3")  # by a launcher that is not accelerate's
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    assert _resume_command(run) == "accelerate launch --cpu --num_processes 3 -m align.train --resume 'a run'"
+    assert resume_command(run) == "accelerate launch --cpu --num_processes 3 -m align.train --resume 'a run'"
 
 
 def test_a_complete_run_says_so(straight):

@@ -19,6 +19,8 @@ from safetensors.torch import load_file
 from rollout.client import Server
 from tests import forks
 from tests.conftest import ROOT, command, environment, overrides, read_lines
+from tests.test_rounds import CONFIG as ROUNDS
+from tests.test_rounds import TINY
 
 VLLM = "--rollout.engine.type=vllm"
 STARTED = time.time()
@@ -127,6 +129,16 @@ def test_sharded_and_plain_processes_follow_one_process(launch, tmp_path, on_ser
         # Adam's first steps go by the sign of a gradient, and where that is 0 rounding decides on it: up to 2 steps of 3e-4.
         assert np.mean(gaps > 1e-5) < 1e-3
         assert gaps.max() < 4 * 2 * 3e-4
+
+
+def test_rounds_of_self_training_sample_on_servers(tmp_path, on_servers):
+    from align.rounds import rounds
+
+    assert rounds(ROUNDS, "", [f"--output={tmp_path / 'run'}", *TINY, *on_servers]) == 0
+    trained = rows(tmp_path / "run")
+    assert [row["step"] for row in trained] == [1, 2]
+    assert max(row["sync/gap_max"] for row in trained) < 1e-3
+    assert [point["step"] for point in read_lines(tmp_path / "run" / "archive.jsonl")] == [0, 1, 2]
 
 
 def sharded(stage: int, folder: Path) -> str:

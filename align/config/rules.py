@@ -7,7 +7,9 @@ from align.config.base import unknown_name
 from align.config.lagrangian_rules import lagrangian_problems, posed
 from align.config.probe_rules import probe_problems
 from align.config.rollout_rules import rollout_problems
+from align.config.rounds_rules import rounds_problems
 from align.config.sections import Keys, ObjectiveConfig
+from align.config.selftrain_rules import selftrain_problems
 from align.config.weighting import Adaptive, FixedWeighting, FromGradients, ScheduleWeighting, Signal
 
 
@@ -18,6 +20,8 @@ def contradictions(config: Keys) -> list[str]:
         *_scheme(config),
         *_reference("evaluation.reference", config.evaluation.reference, config.objectives),
         *rollout_problems(config),
+        *rounds_problems(config),
+        *selftrain_problems(config),
     ]
     if config.evaluation.every and config.prompts.evaluation is None:
         problems.append("prompts.evaluation is missing: name held-out prompts, or set evaluation.every to 0")

@@ -7,6 +7,7 @@ from typing import Any, get_args
 from pydantic import model_validator
 
 from align.config.base import as_section
+from align.config.rounds import rounds_defaults
 from align.config.rules import contradictions
 from align.config.sections import Keys
 from align.config.weighting import schemes
@@ -18,7 +19,8 @@ class Config(Keys):
     @model_validator(mode="before")
     @classmethod
     def _combination_of_scheme(cls, data: Any) -> Any:
-        """Where `combination` is left out, the scheme chooses it."""
+        """Where `combination` is left out, the scheme chooses it; rounds choose what they have no use for."""
+        data = rounds_defaults(data) if isinstance(data, dict) else data
         weighting = data.get("weighting") if isinstance(data, dict) else None
         weighting = as_section(weighting)
         kind = weighting.get("type") if isinstance(weighting, dict) else getattr(weighting, "type", None)
@@ -44,6 +46,8 @@ class Config(Keys):
         """What is settled when a run starts; its length, calls of rewards, missing values, and vLLM servers may change."""
         data = self.model_dump(mode="json", exclude={"output", "steps", "scoring"}, exclude_defaults=exclude_defaults)
         data["objectives"] = {name: o | {"missing": None, "calls": None} for name, o in data["objectives"].items()}
+        if self.rounds is not None:
+            data["rounds"]["count"] = None
         if self.rollout.engine.type == "vllm":  # where servers run, and how many, is no part of what is learned
             data["rollout"]["engine"] = {"type": "vllm"}
         return data

@@ -8,6 +8,8 @@ from pydantic import BeforeValidator, Field, FiniteFloat, NonNegativeInt, Positi
 from align.config.advantages import CombinationConfig, EstimatorConfig, GrpoEstimator, SumThenNormalize
 from align.config.base import Name, Section
 from align.config.rollout import RolloutConfig
+from align.config.rounds import RoundsConfig
+from align.config.selftrain import SelftrainConfig
 from align.config.weighting import WeightingConfig
 from align.trl_options import check_trl_options
 
@@ -201,7 +203,7 @@ class Keys(Section):
     """Run folder; must not hold another run."""
     seed: int = Field(0, ge=0, lt=2**31)
     steps: PositiveInt
-    """Optimiser steps."""
+    """Optimiser steps; with `rounds` it is their number, and need not be given."""
     policy: PolicyConfig
     prompts: PromptsConfig
     rollout: RolloutConfig = RolloutConfig()
@@ -216,6 +218,8 @@ class Keys(Section):
     learner: LearnerConfig = LearnerConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    selftrain: SelftrainConfig | None = None
+    rounds: RoundsConfig | None = None
     trl: Annotated[dict[str, Any], BeforeValidator(check_trl_options)] = {}
     """Any other option of TRL's GRPOConfig, by TRL's name, for example `{learning_rate: 1.0e-6, beta: 0.04}`."""
 

@@ -1,0 +1,87 @@
+"""Which samples pass the filter of self-training. Pure functions, but for finding what reads answers."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from align.config import Config
+from align.config.selftrain import FilterConfig
+from align.pareto import nondominated
+from align.selftrain.choose import Answers
+from rewards.answers import Reader, answer_reader
+from rewards.types import Objective
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What passes.
+
+    Args:
+        right_PG: Mask of samples that do.
+        failed: How many samples do not meet each condition, by its name.
+    """
+
+    right_PG: np.ndarray
+    failed: dict[str, int]
+
+
+def passing(rules: FilterConfig, objectives: Sequence[Objective], raw_PGK: np.ndarray, answers_PG: Answers) -> Passed:
+    """Samples that meet every condition.
+
+    Args:
+        rules: The conditions.
+        objectives: K of them.
+        raw_PGK: Values in raw units; NaN where missing, which meets no condition on it.
+        answers_PG: For the majority.
+    """
+    column = {objective.name: k for k, objective in enumerate(objectives)}
+    met = {f"{name} at_least {least:g}": raw_PGK[:, :, column[name]] >= least for name, least in rules.at_least.items()}
+    met |= {f"{name} at_most {most:g}": raw_PGK[:, :, column[name]] <= most for name, most in rules.at_most.items()}
+    if rules.majority:
+        met["majority"] = np.array([in_majority(answers_G) for answers_G in answers_PG])
+    if rules.nondominated:
+        values_PGK = np.stack([o.scale(raw_PGK[:, :, k]) for k, o in enumerate(objectives)], axis=2)
+        met["nondominated"] = np.array([best_of_group(values_GK) for values_GK in values_PGK])
+    right_PG = np.logical_and.reduce([np.ones(raw_PGK.shape[:2], bool), *met.values()])
+    return Passed(right_PG, {name: int((~mask_PG).sum()) for name, mask_PG in met.items()})
+
+
+def in_majority(answers_G: Sequence[str | None]) -> np.ndarray:
+    """Mask (G,) of the samples with the most common answer; no sample that states none, and the first of equally common."""
+    counts = Counter(answer for answer in answers_G if answer is not None)
+    commonest = counts.most_common(1)[0][0] if counts else None
+    return np.array([answer is not None and answer == commonest for answer in answers_G])
+
+
+def best_of_group(values_GK: np.ndarray) -> np.ndarray:
+    """Mask (G,) of the samples that no other dominates; larger is better. One with a missing value neither does nor is."""
+    complete_G = ~np.isnan(values_GK).any(axis=1)
+    best_G = np.zeros(len(values_GK), bool)
+    if complete_G.any():
+        best_G[complete_G] = nondominated(values_GK[complete_G])
+    return best_G
+
+
+def reader_of(config: Config) -> Reader | None:
+    """What finds the answer of a completion.
+
+    Raises:
+        ValueError: `selftrain.answers` names a reward that reads none, or a key needs answers and no reward reads any.
+    """
+    section = config.selftrain
+    named = {section.answers: config.objectives[section.answers]} if section.answers else config.objectives
+    for objective in named.values():
+        reader = answer_reader(objective.reward, objective.args)
+        if reader is not None:
+            return reader
+    readers = "arithmetic_accuracy, exact_match, math_answer and numeric_answer do"
+    if section.answers:
+        raise ValueError(f"selftrain.answers: the reward of {section.answers!r} reads no answers; {readers}")
+    needs = ["selftrain.filter.majority"] if section.filter.majority else []
+    for key, entries in (("weights", section.weights), ("prompts", section.prompts)):
+        needs += [f"selftrain.{key}: entropy" for weights in entries if weights.type == "entropy"]
+    if needs:
+        raise ValueError(f"{needs[0]} looks at answers, and no objective's reward reads them; {readers}")
+    return None

@@ -1,0 +1,175 @@
+"""What passes the filter of self-training, and what it weighs, by hand."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from align.config.selftrain import FilterConfig, SelftrainConfig
+from align.load import ConfigError, load_config
+from align.selftrain.filters import best_of_group, in_majority, passing, reader_of
+from align.selftrain.sources import load_trusted
+from align.selftrain.tilt import TiltError
+from align.selftrain.weigh import Material, weigh
+from rewards.types import Missing, Objective
+from tests.conftest import ROOT
+
+ROUNDS = str(ROOT / "configs" / "rounds.yaml")
+NAN = np.nan
+OBJECTIVES = [Objective("right", True, (0, 1), Missing.FAIL), Objective("length", False, (0, 20), Missing.FAIL)]
+RAW = np.array([[[1, 5], [1, 12], [0, 3], [NAN, 1]], [[0, 9], [0, 9], [1, 9], [1, NAN]]])  # (P, G, K) = (2, 4, 2)
+ANSWERS = [["7", "7", "5", None], ["1", "2", "2", "1"]]
+
+
+def filtered(**rules) -> tuple[list, dict]:
+    passed = passing(FilterConfig(**rules), OBJECTIVES, RAW, ANSWERS)
+    return passed.right_PG.astype(int).tolist(), passed.failed
+
+
+def test_thresholds_in_the_units_of_the_objectives():
+    both = filtered(at_least={"right": 1}, at_most={"length": 10})
+    assert both == ([[1, 0, 0, 0], [0, 0, 1, 0]], {"right at_least 1": 4, "length at_most 10": 2})
+
+
+def test_nothing_asked_lets_all_pass():
+    assert filtered() == ([[1] * 4] * 2, {})
+
+
+def test_the_majority():
+    assert filtered(majority=True) == ([[1, 1, 0, 0], [1, 0, 0, 1]], {"majority": 4})
+    assert not in_majority([None, None]).any()
+
+
+def test_what_no_other_sample_of_its_prompt_beats():
+    # First prompt: (1, 5) beats (1, 12); (0, 3) is shorter; one without a value is out. Second: (1, 9) beats (0, 9).
+    assert filtered(nondominated=True) == ([[1, 0, 1, 0], [0, 0, 1, 0]], {"nondominated": 5})
+    assert not best_of_group(np.full((3, 2), NAN)).any()
+
+
+def material(**more) -> Material:
+    given = {
+        "objectives": OBJECTIVES,
+        "raw_MK": np.array([[1.0, 5], [1, 10], [0, 15], [0, 20]]),
+        "places_n": np.arange(4),
+        "duals_n": np.ones(4),
+        "entropies_n": np.array([0.0, 1, 1, 2]),
+        "measure": lambda pairs: np.array([pair[1][0] for pair in pairs], float),
+        "pairs": [((0,), (loss,)) for loss in (1, 2, 3, 4)],
+        "trusted": {"file": [((0,), (2,)), ((0,), (4,))]},
+    } | more
+    return Material(**given)
+
+
+def weights(*entries, number: int = 1, **section) -> np.ndarray:
+    return weigh(SelftrainConfig(weights=list(entries), **section), material(), number, seed=5).values_n
+
+
+def test_weights_by_hand():
+    assert weights() == pytest.approx([1] * 4)
+    assert weights("uniform") == pytest.approx([1] * 4)
+    assert weights({"type": "entropy", "power": 0}) == pytest.approx([1] * 4)
+    assert weights("entropy") == pytest.approx([0, 1, 1, 2])
+    assert weights("entropy", {"type": "entropy", "power": 1}) == pytest.approx(
+        [0, 4 / 6, 4 / 6, 16 / 6]
+    )  # 0 1 1 4 over 1.5
+    assert weights("entropy", cap=1.5) == pytest.approx([0, 1.25, 1.25, 1.5])
+    # Trusted losses have mean 3: extents 3, 1.5, 1, 4/3; half of the four are kept.
+    assert weights({"type": "importance", "trusted": "file", "share": 0.5}) == pytest.approx([0, 0, 2, 2])
+    # Ratios 3, 1.5, 1, 0.75, the first capped at 2: their mean is 5.25 / 4.
+    ratio = {"type": "importance", "trusted": "file", "form": "weight"}
+    assert weights(ratio) == pytest.approx(np.array([2, 1.5, 1, 0.75]) / (5.25 / 4))
+    # 1 + (loss - 2): 0, 1, 2, 3.
+    assert weights({"type": "feasible", "threshold": 2}) == pytest.approx(np.array([0, 1, 2, 3]) / 1.5)
+    loss = {"type": "loss", "shape": "extremes", "temperature": 0.5, "warm_up": 2}
+    assert weights(loss, number=2) == pytest.approx([1] * 4)
+    assert weights(loss, number=3)[0] > 1
+    best = weights({"type": "trajectory", "returns": {"length": 1}})  # shorter is better
+    assert (np.diff(best) < 0).all()
+
+
+def test_a_tilt_reaches_its_means():
+    tilted = weights({"type": "tilt", "means": {"right": 0.75, "length": 10}})
+    assert np.mean(tilted * [1, 1, 0, 0]) == pytest.approx(0.75)
+    assert np.mean(tilted * [5, 10, 15, 20]) == pytest.approx(10)
+    with pytest.raises(TiltError):
+        weights({"type": "tilt", "means": {"length": 2}})
+
+
+def test_shuffled_weights_are_the_same_ones_elsewhere():
+    seen = {
+        tuple(weigh(SelftrainConfig(weights=["entropy", "shuffled"]), material(), 1, seed).values_n) for seed in range(9)
+    }
+    assert len(seen) > 2
+    assert {tuple(sorted(values)) for values in seen} == {(0.0, 1.0, 1.0, 2.0)}
+
+
+def test_too_few_that_count_make_all_count():
+    composed = weigh(SelftrainConfig(weights=[{"type": "entropy", "power": 20}], least_ess=0.5), material(), 1, 0)
+    assert composed.collapsed
+    assert composed.values_n.tolist() == [1] * 4
+
+
+def test_a_missing_value_is_not_guessed():
+    hole = material(raw_MK=np.array([[1, 5], [1, NAN], [0, 15], [0, 20]]))
+    section = SelftrainConfig(weights=[{"type": "tilt", "means": {"length": 10}}])
+    with pytest.raises(ValueError, match="tilt needs every value of 'length', and 1 of 4 are missing"):
+        weigh(section, hole, 1, 0)
+
+
+# --- what cannot be run -------------------------------------------------------------------------------------------------
+
+
+class Letters:
+    """Stands for a tokenizer: one token a letter."""
+
+    def __call__(self, text, *, add_special_tokens):
+        return {"input_ids": [list(map(ord, each)) for each in text]}
+
+
+def trusted(tmp_path: Path, *rows: dict, context: int = 99):
+    file = tmp_path / "trusted.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    weights = json.dumps([{"type": "importance", "trusted": str(file)}])
+    config = load_config(ROUNDS, [f"--selftrain.weights={weights}"])
+    return load_trusted(config, Letters(), 0, context)[str(file)]
+
+
+def test_trusted_samples(tmp_path):
+    assert trusted(tmp_path, {"prompt": "a", "completion": "bc"}) == [((97,), (98, 99, 0))]
+    with pytest.raises(ValueError, match=r"trusted.jsonl': the source holds no rows"):
+        trusted(tmp_path)
+    with pytest.raises(ValueError, match="row 2 has no text in its field 'completion'"):
+        trusted(tmp_path, {"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""})
+    with pytest.raises(ValueError, match="row 1 has 4 tokens, and the context of the policy 3: leave it out"):
+        trusted(tmp_path, {"prompt": "a", "completion": "bc"}, {"prompt": "a", "completion": "b"}, context=3)
+
+
+def test_answers_need_a_reward_that_reads_them():
+    assert reader_of(load_config(ROUNDS, []))("1+1=2;#2") == "2"
+    with pytest.raises(ValueError, match="the reward of 'brevity' reads no answers"):
+        reader_of(load_config(ROUNDS, ["--selftrain.answers=brevity"]))
+    brief = ["--objectives={brevity: {reward: brevity, args: {max_tokens: 9}}}", "--selftrain.filter={}"]
+    with pytest.raises(ValueError, match=r"entropy looks at answers, and no objective's reward reads them"):
+        reader_of(load_config(ROUNDS, brief))
+    assert reader_of(load_config(ROUNDS, [*brief, "--selftrain.weights=uniform"])) is None
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("--selftrain.filter.at_least={acuracy: 1}", "selftrain.filter.at_least: unknown objective 'acuracy'; did you mean"),
+        ("--selftrain.filter.at_lest={accuracy: 1}", "unknown key 'at_lest'"),
+        ("--selftrain.weights={type: entropi}", "does not exist"),
+        ("--selftrain.weights=shuffled", "there are no other weights to shuffle"),
+        ("--selftrain.weights=[shuffled, entropy]", "selftrain.weights[0]: shuffled deals out the weights of the others"),
+        ("--selftrain.weights={type: feasible, threshold: 1, rate: 2, leak: 1}", "rate=2.0 times leak=1.0 is not below 2"),
+        ("--selftrain.weights={type: tilt, means: {short: 1}}", "selftrain.weights[0].means: unknown objective 'short'"),
+        ("--rounds=null", "selftrain: nothing here trains on the policy's samples"),
+        ("--selftrain=null", "selftrain is missing"),
+    ],
+)
+def test_what_contradicts_itself(override, sentence):
+    with pytest.raises(ConfigError) as error:
+        load_config(ROUNDS, [override, *(["--steps=1", "--weighting=mgda"] if "rounds" in override else [])])
+    assert sentence in str(error.value)
