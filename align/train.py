@@ -159,6 +159,7 @@ def _run(run: Run, built: Built) -> int:
     from accelerate import PartialState
 
     from align.callbacks import ProgressCallback, ScheduleCallback, StopSignal
+    from align.control import ControlError
     from align.missing import MissingRewardError
     from align.probe import ProbeError
     from rollout.sampler import RolloutError
@@ -187,6 +188,9 @@ def _run(run: Run, built: Built) -> int:
         learner.save_unless_saved()
         print(flush=True)  # below the progress bar
         return _fail(error, f"Nothing is lost: mend it, then {_resume_command(run)}")
+    except ControlError as error:
+        print(flush=True)
+        return _fail(error, "The target of a run is settled when it starts: begin another, with another --output")
     finally:
         learner.rollouts.close()
         built.bus.close()

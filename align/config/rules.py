@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from align.config.base import unknown_name
+from align.config.dpg_rules import dpg_problems
 from align.config.lagrangian_rules import lagrangian_problems, posed
 from align.config.probe_rules import probe_problems
 from align.config.rollout_rules import rollout_problems
@@ -18,6 +19,7 @@ def contradictions(config: Keys) -> list[str]:
         *_scheme(config),
         *_reference("evaluation.reference", config.evaluation.reference, config.objectives),
         *rollout_problems(config),
+        *dpg_problems(config),
     ]
     if config.evaluation.every and config.prompts.evaluation is None:
         problems.append("prompts.evaluation is missing: name held-out prompts, or set evaluation.every to 0")
