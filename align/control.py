@@ -1,6 +1,7 @@
 """Distributional control of a run: what `estimator: dpg` decides batch by batch, and remembers. Pure functions of arrays."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -10,6 +11,8 @@ from align import dpg
 from align.config.advantages import DpgEstimator
 from align.selftrain.tilt import Tilt, TiltError, fit_tilt
 from rewards.types import Objective
+
+_CORRECTIONS = 8  # of what is asked of the fit; each leaves a small part of the gap
 
 
 class ControlError(RuntimeError):
@@ -77,8 +80,9 @@ def fit_control(
         tilt = _tilt(estimator, features_PGF[counts_PG], groups_PG[counts_PG])
         coefficients_F = tilt.coefficients_F
         figures |= {"fit/ess": tilt.ess, "fit/divergence": tilt.divergence}
+        reached_F = dpg.jackknifed_moments(tilt.weights_N, features_PGF[counts_PG], groups_PG[counts_PG])
         for f, name in enumerate(estimator.moments):
-            figures |= {f"fit/reached/{name}": tilt.moments_F[f], f"fit/given/{name}": features_PGF[counts_PG][:, f].mean()}
+            figures |= {f"fit/reached/{name}": reached_F[f], f"fit/given/{name}": features_PGF[counts_PG][:, f].mean()}
             figures[f"coefficient/{name}"] = coefficients_F[f]
     log_weights_PG = dpg.log_target(np.zeros(counts_PG.shape), features_PGF, coefficients_F, holds_PG)
     log_mean = dpg.log_means(log_weights_PG[present_PG][None])[0]
@@ -154,14 +158,24 @@ def features_of(
 
 
 def _tilt(estimator: DpgEstimator, features_NF: np.ndarray, groups_N: np.ndarray) -> Tilt:
+    """The tilt whose jackknifed moments are those wanted: the plain ones of small groups lie below what p really has.
+
+    What is asked of `fit_tilt` is moved by what the jackknife finds missing, a few times over.
+    """
     names, moments_F = list(estimator.moments), np.array(list(estimator.moments.values()))
     try:
-        return fit_tilt(features_NF, moments_F, None, estimator.fit.tolerance, groups_N, names)
+        tilt = fit_tilt(features_NF, moments_F, None, estimator.fit.tolerance, groups_N, names)
     except TiltError as error:
         raise ControlError(
             f"estimator.moments cannot be had from what the first policy samples: {error}. Ask for what lies in reach, draw "
             "more samples (estimator.fit), or start from a policy that does it more often"
         ) from error
+    asked_F = moments_F
+    for _ in range(_CORRECTIONS):
+        asked_F = asked_F + moments_F - dpg.jackknifed_moments(tilt.weights_N, features_NF, groups_N)
+        with suppress(TiltError):  # then the plain one has to do
+            tilt = fit_tilt(features_NF, asked_F, None, estimator.fit.tolerance / 10, groups_N, names)
+    return tilt
 
 
 def _normaliser(estimator: DpgEstimator, state: ControlState, log_weights_PG: np.ndarray) -> tuple[ControlState, np.ndarray]:

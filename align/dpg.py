@@ -88,3 +88,21 @@ def policy_moments(features_PGF: np.ndarray, log_r_PG: np.ndarray) -> np.ndarray
         return np.full(features_PGF.shape[2], np.nan)
     r = np.exp(log_r_PG[present])
     return r @ features_PGF[present] / r.sum()
+
+
+def jackknifed_moments(weights_N: np.ndarray, features_NF: np.ndarray, groups_N: np.ndarray) -> np.ndarray:
+    """Mean over groups (F,) of sum w phi / sum w, its bias of O(1/G) taken out by leaving out one sample after another.
+
+    m_J = n m - (n - 1) mean_i m_(-i), n the samples of a group, m_(-i) its moment without sample i (Quenouille 1956). A
+    group of one sample counts as it is.
+    """
+    moments = []
+    for group in np.unique(groups_N):
+        w, phi = weights_N[groups_N == group], features_NF[groups_N == group]
+        total, products = w.sum(), w[:, None] * phi
+        moment, count = products.sum(axis=0) / total, len(w)
+        if count > 1:
+            without = (products.sum(axis=0) - products) / (total - w)[:, None]
+            moment = count * moment - (count - 1) * without.mean(axis=0)
+        moments.append(moment)
+    return np.mean(moments, axis=0)

@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -240,8 +240,7 @@ class Learner(PolicyAccess, Probing, Controlling, GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """TRL's own loading, then what it leaves out."""
-        # With several CPU processes transformers loads to "cpu:0", "cpu:1", ..., places that torch does not know.
-        torch.serialization.register_package(9, lambda _: None, lambda storage, to: storage if to[:4] == "cpu:" else None)
+        _learn_places()
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             state = read_state(Path(checkpoint))
@@ -329,6 +328,12 @@ class Learner(PolicyAccess, Probing, Controlling, GRPOTrainer):
 
     def _batch_file(self) -> str:
         return f"batch_{self.accelerator.process_index}.pt"
+
+
+@cache
+def _learn_places() -> None:
+    """With several CPU processes transformers loads to "cpu:0", "cpu:1", ..., places that torch does not know."""
+    torch.serialization.register_package(9, lambda _: None, lambda storage, to: storage if to[:4] == "cpu:" else None)
 
 
 def _roll_out(prompts: list[str], learner: Learner) -> dict[str, Any]:
