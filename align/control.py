@@ -111,7 +111,7 @@ def control(
     features_PGF, holds_PG = features_of(estimator, objectives, raw_PGK)
     left_out_PG = np.isnan(raw_PGK).any(axis=2)
     log_policy_PG, log_proposal_PG, log_reference_PG = np.where(left_out_PG, np.nan, log_probs_3PG)
-    target_PG = dpg.log_target(log_reference_PG, features_PGF, np.array(state.coefficients), holds_PG | left_out_PG)
+    target_PG = dpg.log_target(log_reference_PG, features_PGF, np.array(state.coefficients), holds_PG)
     log_weights_PG, log_r_PG = target_PG - log_proposal_PG, log_policy_PG - log_proposal_PG
     state, log_normaliser_P = _normaliser(estimator, state, log_weights_PG)
     log_w_PG = dpg.normalised(log_weights_PG, log_normaliser_P)

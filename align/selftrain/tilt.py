@@ -59,17 +59,16 @@ def fit_tilt(
     samples, features that are not rare, and an `ess` that is not small.
 
     With groups (the samples of one prompt each) every group keeps its share: p_c(x) = a(x | c) exp(lambda . phi(x)) / Z_c,
-    one lambda for all, E_c E_{p_c}[phi] = moments, and the dual is lambda . moments - mean_c log Z_c. Without them groups in
-    which the features are frequent would grow at the cost of the others. log Z_c comes from the samples of one group, and is
-    on average too low by about Var(w) / (2 G Z_c^2), so that lambda comes out too large: groups want to be large.
+    one lambda for all, E_c E_{p_c}[phi] = moments, and the dual is lambda . moments - mean_c log Z_c. From G samples of a
+    group log Z_c is too low by about Var(w) / (2 G Z_c^2), and lambda comes out too large: groups want to be large.
 
     Args:
         features_NF: phi of each sample.
         moments_F: Wanted means of the features, in their units.
         log_weights_N: log u_i up to a constant, -infinity for samples that do not count; absent, the samples are a's own.
         tolerance: Largest gap between a wanted and a reached moment, as a share of the range of the feature.
-        groups_N: Number of the group of each sample; absent, all are one. A group without a sample that counts is left out.
-        names: Of the features, for messages; absent, they are numbered.
+        groups_N: Group of each sample; absent, all are one. A group without a sample that counts is left out.
+        names: Of the features, for messages.
 
     Raises:
         TiltError: A feature is the same in all samples (it never fires), a moment is outside the range that weights can
@@ -77,10 +76,8 @@ def fit_tilt(
         ValueError: Shapes that do not fit, no samples, or numbers that are not finite.
     """
     features_NF, moments_F, log_weights_N = _checked(features_NF, moments_F, log_weights_N, tolerance)
-    alive_N = np.isfinite(log_weights_N)
-    given_NF, logs_N = features_NF[alive_N], log_weights_N[alive_N]
-    groups_M = _numbered(groups_N, len(features_NF))[alive_N]
-    groups_M = np.unique(groups_M, return_inverse=True)[1]
+    given_NF, logs_N = features_NF[alive_N := np.isfinite(log_weights_N)], log_weights_N[alive_N]
+    groups_M = np.unique(_numbered(groups_N, len(features_NF))[alive_N], return_inverse=True)[1]
     names = [f"feature {name}" for name in names or range(len(moments_F))]
     low_F, range_F = _ranges(given_NF, moments_F, groups_M, names)
     unit_NF, targets_F = (given_NF - low_F) / range_F, (moments_F - low_F) / range_F
