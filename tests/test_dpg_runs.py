@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from align.advice import advise
 from align.build import locate_model
 from align.callbacks import ScheduleCallback
+from align.config import describe
 from align.controlling import PROPOSAL_FILE
 from align.load import ConfigError, load_config
 from align.plan import Schedule
@@ -155,6 +156,11 @@ def test_two_processes_have_one_target_and_each_its_own_advantages(launch, tmp_p
 def test_what_contradicts_the_estimator_is_refused(changes, sentence):
     with pytest.raises(ConfigError, match=sentence):
         load_config(QUICKSTART, [*TARGET, *changes])
+
+
+def test_the_target_is_told():
+    config = load_config(QUICKSTART, [*TARGET, "--estimator.always=[accuracy]"])
+    assert describe(config) == "none: towards one_step 0.5 on average, accuracy always"
 
 
 def test_a_sampler_elsewhere_needs_no_correction():

@@ -29,8 +29,11 @@ def contradictions(config: Keys) -> list[str]:
 
 
 def describe(config: Keys) -> str:
-    """The weighting of a run in one line."""
-    weighting = config.weighting
+    """The weighting of a run in one line, or the target that is trained towards in its place."""
+    weighting, estimator = config.weighting, config.estimator
+    if estimator.type == "dpg":
+        moments = [f"{name} {moment:g} on average" for name, moment in estimator.moments.items()]
+        return f"none: towards {', '.join([*moments, *(f'{name} always' for name in estimator.always)])}"
     if weighting.type == "lagrangian":
         problem = posed(config)
         held = [f"{name} {c.kind.replace('_', ' ')} {c.threshold}" for name, c in problem.constraints.items()]
