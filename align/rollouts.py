@@ -13,7 +13,7 @@ from align.push import Policy, Pusher
 from align.sampling import Place, training_params
 from align.together import together
 from rollout.prompts import prompt_order
-from rollout.sampler import Sampler
+from rollout.sampler import Sampler, SamplingParams
 from rollout.types import Prompt, SampleGroup
 
 
@@ -52,12 +52,13 @@ class Rollouts:
         self._thread = ThreadPoolExecutor(1)
         self._pusher = Pusher(config, prompts, vocabulary, policy, sampler)
 
-    def batch(self, indices: Sequence[int], step: int) -> list[SampleGroup]:
+    def batch(self, indices: Sequence[int], step: int, version: int) -> list[SampleGroup]:
         """Samples of this process's prompts of a batch, and with lookahead the start of those of the next one.
 
         Args:
             indices: Of the prompts, one per group.
             step: Optimiser steps taken; the first of the batch.
+            version: Steps that the policy had taken which is to draw them: `step`, or fewer for an earlier policy.
 
         Raises:
             RolloutError: In every process, when any of them cannot have its samples.
@@ -68,17 +69,22 @@ class Rollouts:
             groups = together(ahead.groups.result)
             assert list(indices) == list(ahead.indices), "TRL asks for other prompts than were drawn ahead"
         else:
-            self.sync(step)
+            self.sync(version)
             start = time.perf_counter()
             groups = together(lambda: self._draw(indices, step))
         self._metrics["time/sampling"] = time.perf_counter() - start
         if self._config.rollout.lookahead:
             self._look_ahead(step)
         age = max(step - sample.policy_version for group in groups for sample in group.samples)
-        limit = self._config.rollout.lookahead * self._plan.steps_per_batch
-        assert age <= limit, f"a sample is {age} steps old, more than the {limit} that lookahead allows"
+        limit = self._config.rollout.lookahead * self._plan.steps_per_batch + step - version
+        assert age <= limit, f"a sample is {age} steps old, more than the {limit} that are allowed"
         self._metrics["policy_age"] = age
         return groups
+
+    def draw(self, indices: Sequence[int], params: SamplingParams) -> list[SampleGroup]:
+        """Samples of the first policy, apart from any batch. Raises RolloutError in every process when any has none."""
+        self.sync(0)
+        return together(lambda: self.sampler.sample([self._prompts[i] for i in indices], params))
 
     def take_metrics(self) -> dict[str, float]:
         """Figures since the last call."""

@@ -155,6 +155,7 @@ def _run(run: Run, built: Built) -> int:
     from accelerate import PartialState
 
     from align.callbacks import ProgressCallback, ScheduleCallback, StopSignal
+    from align.control import ControlError
     from align.missing import MissingRewardError
     from align.probe import ProbeError
     from rollout.sampler import RolloutError
@@ -184,6 +185,9 @@ def _run(run: Run, built: Built) -> int:
         learner.save_unless_saved()
         print(flush=True)  # below the progress bar
         return fail(error, f"Nothing is lost: mend it, then {go_on}")
+    except ControlError as error:
+        print(flush=True)
+        return fail(error, "The target of a run is settled when it starts: begin another, with another --output")
     finally:
         learner.rollouts.close()
         built.bus.close()
