@@ -46,7 +46,7 @@ def train(name: str, folder: Path, module: str = "align.train") -> list[dict]:
     del env["ACCELERATE_USE_CPU"]  # it leaves no room for DeepSpeed
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{name}.yaml", *CPU]
     command = [*launcher, "-m", module, *overrides(folder, *FEW)]
-    result = forks.run(command, cwd=ROOT, env=env, timeout=280)
+    result = forks.run(command, cwd=ROOT, env=env, timeout=500)
     assert "2 process(es)" in result.stdout, result.stderr
     assert "trained 3 steps" in result.stdout, result.stderr  # DeepSpeed may abort after it, when the interpreter ends
     return read_lines(folder / "metrics.jsonl")

@@ -114,7 +114,7 @@ def test_deepspeed_shards_train_the_same_policy(ran, tmp_path, stage):
 
     def launch_sharded(*arguments: str) -> subprocess.CompletedProcess:
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "-m", "align.train"]
-        return forks.run([*launcher, *arguments], cwd=ROOT, env=sharded, timeout=280)
+        return forks.run([*launcher, *arguments], cwd=ROOT, env=sharded, timeout=500)
 
     plain = read_lines(ran(2)[0] / "metrics.jsonl")
     result = launch_sharded(*overrides(tmp_path / "zero"))  # its exit status is not asked: DeepSpeed's CPU threads now
