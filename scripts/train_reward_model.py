@@ -2,7 +2,8 @@
 
 PAIRS is a file in the format of HH-RLHF (.jsonl or .jsonl.gz). Four fifths of the dialogues train TRL's RewardTrainer, which
 maximises log sigmoid(r(chosen) - r(rejected)) (Bradley-Terry). The rest say how good it is: the share of pairs whose chosen
-answer gets the larger reward, with a 95 % interval of Wilson's, beside the share that the shorter answer alone would get.
+answer gets the larger reward, with a 95 % interval of Wilson's, beside the share that the shorter answer alone would get,
+and the p-value for their being equal (McNemar's exact test).
 
 The folder is what the reward `classifier` loads, with the same `form` and `max_length`; accuracy.json in it has the figures,
 which are the last line of the output too.
@@ -10,6 +11,7 @@ which are the last line of the output too.
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -106,16 +108,22 @@ def accuracy(model: str, held_out: Sequence[Pair], form: str, max_length: int) -
     prompts = [pair.prompt for pair in held_out]
     chosen = reward(prompts, [pair.chosen for pair in held_out])
     rejected = reward(prompts, [pair.rejected for pair in held_out])
+    by_model = [a > b for a, b in zip(chosen, rejected, strict=True)]
+    by_length = [len(pair.chosen) < len(pair.rejected) for pair in held_out]
+    only = Counter(a - b for a, b in zip(by_model, by_length, strict=True))
+    differ = only[1] + only[-1]
     return {
         "held-out pairs": len(held_out),
-        "accuracy": share(a > b for a, b in zip(chosen, rejected, strict=True)),
-        "accuracy of the shorter answer": share(len(pair.chosen) < len(pair.rejected) for pair in held_out),
+        "accuracy": share(by_model),
+        "accuracy of the shorter answer": share(by_length),
+        "right by the model alone": only[1],
+        "right by length alone": only[-1],
+        "p": binomtest(only[1], differ).pvalue if differ else 1.0,
     }
 
 
-def share(outcomes) -> dict[str, float]:
+def share(outcomes: Sequence[bool]) -> dict[str, float]:
     """Share of the true ones with its 95 % interval (Wilson)."""
-    outcomes = list(outcomes)
     interval = binomtest(sum(outcomes), len(outcomes)).proportion_ci(method="wilson")
     return {"share": sum(outcomes) / len(outcomes), "low": float(interval.low), "high": float(interval.high)}
 
