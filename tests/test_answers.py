@@ -226,14 +226,15 @@ def test_no_text_holds_it_up(reward):
 
 
 @pytest.mark.parametrize(
-    "text", ["9^{9^{9^9}}", "10^{10^{10}}", "100000000!", "((10^{64})^{64})^{64}", "\\binom{10^9}{10^8}", "2^{-10^{12}}",
-             "\\sum_{n=1}^{10^{12}} n^n", "\\frac{1}{0}", "\\frac{0}{0}", "\\infty-\\infty", "\\log 0", "e^{e^{e^{e^9}}}",
-             "x^{x^{x^{64}}}", "9" * 900]
+    "text", ["9^{9^{9^9}}", "10^{10^{10}}", "7^{10^9}", "100000000!", "((10^{64})^{64})^{64}", "\\binom{10^9}{10^8}",
+             "2^{-10^{12}}", "\\sum_{n=1}^{10^{12}} n^n", "\\frac{1}{0}", "\\frac{0}{0}", "\\infty-\\infty", "\\log 0",
+             "e^{e^{e^{e^9}}}", "x^{x^{x^{64}}}", "9" * 900]
 )  # fmt: skip
 def test_what_never_ends_counts_as_written(text):
+    read("math_answer", "\\boxed{\\frac12}")  # sympy's import is not what is timed
     start = time.process_time()
     assert isinstance(read("math_answer", f"\\boxed{{{text}}}", worked_out=False), str)
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 2
 
 
 def test_what_takes_too_long_counts_as_written(monkeypatch):
