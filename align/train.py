@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -27,7 +26,17 @@ from align.config.lagrangian_rules import constraint_kinds
 from align.engine import check_engine
 from align.files import replace_text
 from align.guard import check_imports
-from align.launch import add_train_arguments, quiet, relaunch_on_cpu, share_cores, told_to_use_cpu
+from align.launch import (
+    add_train_arguments,
+    launcher_options,
+    launchers,
+    quiet,
+    relaunch_on_cpu,
+    script,
+    share_cores,
+    told_to_use_cpu,
+    uncollected,
+)
 from align.plan import Plan, Schedule, make_plan
 from align.runfolder import Run, is_main, open_run, processes
 
@@ -59,7 +68,8 @@ def train(config_path: str, resume: str, overrides: Sequence[str]) -> int:
         if run.finished:
             print(f"{run.folder} is complete: {run.config.steps} steps (a larger --steps goes on)")
             return 0
-        built = build(run)
+        with uncollected():
+            built = build(run)
     except ValueError as error:
         return _fail(error)
     from accelerate import PartialState
@@ -165,6 +175,7 @@ def _run(run: Run, built: Built) -> int:
     from rollout.sampler import RolloutError
 
     config, state = run.config, PartialState()
+    go_on = _resume_command(run)  # now: Ctrl-C ends the launcher before us
     quiet()
     state.wait_for_everyone()  # nobody writes before everybody has checked
     if state.is_main_process:
@@ -179,7 +190,7 @@ def _run(run: Run, built: Built) -> int:
     try:
         learner = build_learner(run, built, schedule, [on_schedule, progress], lambda: stop.requested)
     except (ProbeError, RolloutError) as error:  # seen only once the policy is loaded, or its servers are asked
-        return _fail(error, f"Nothing was trained yet; mend it, then {_resume_command(run)}")
+        return _fail(error, f"Nothing was trained yet; mend it, then {go_on}")
     stop.listen()
     start, done = time.perf_counter(), read_state(Path(run.checkpoint)).step if run.checkpoint else 0
     try:
@@ -187,20 +198,21 @@ def _run(run: Run, built: Built) -> int:
     except (MissingRewardError, RolloutError) as error:
         learner.save_unless_saved()
         print(flush=True)  # below the progress bar
-        return _fail(error, f"Nothing is lost: mend it, then {_resume_command(run)}")
+        return _fail(error, f"Nothing is lost: mend it, then {go_on}")
     except ControlError as error:
         print(flush=True)
         return _fail(error, "The target of a run is settled when it starts: begin another, with another --output")
     finally:
         learner.rollouts.close()
         built.bus.close()
+    stopped = on_schedule.stopped and learner.state.global_step < config.steps
     if state.is_main_process:
-        if on_schedule.stopped and learner.state.global_step < config.steps:
-            print(f"stopped after step {learner.state.global_step}; go on with: {_resume_command(run)}")
+        if stopped:
+            print(f"stopped after step {learner.state.global_step}; go on with: {go_on}")
         else:
             print(f"trained {learner.state.global_step - done} steps in {time.perf_counter() - start:.0f} s")
             _finish(run, learner)
-    return 0
+    return 128 + stop.number if stopped and processes() == 1 else 0  # launchers take anything else for a crash
 
 
 def _write_folder(run: Run) -> None:
@@ -258,11 +270,14 @@ def _finish(run: Run, learner: "Learner") -> None:
 
 
 def _resume_command(run: Run) -> str:
-    cpu = "--cpu " if told_to_use_cpu(os.environ) else ""
-    several = f"accelerate launch {cpu}--num_processes {processes()} -m align.train"
-    command = "paretune" if shutil.which("paretune") else os.path.relpath(Path(sys.executable).with_name("paretune"))
-    launcher = f"{command} train" if processes() == 1 else several
-    return f"{launcher} --resume {shlex.quote(str(run.folder))}"
+    """The command that goes on with a run, started as this one was."""
+    options = launcher_options(launchers())
+    if options is None and processes() == 1:
+        command = f"{script('paretune')} train"
+    else:
+        told = f"{' --cpu' if told_to_use_cpu(os.environ) else ''} --num_processes {processes()}"
+        command = f"{script('accelerate')} launch{told if options is None else options} -m align.train"
+    return f"{command} --resume {shlex.quote(str(run.folder))}"
 
 
 def _fail(error: BaseException, advice: str = "", status: int = 2) -> int:
