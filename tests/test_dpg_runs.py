@@ -118,7 +118,7 @@ def test_two_processes_have_one_target_and_each_its_own_advantages(launch, tmp_p
     assert len(rows) == 2 * 16
     groups = {}
     for row in rows:
-        groups.setdefault((row["step"], row["prompt_id"]), []).append((row["one_step"], row["advantage"]))
+        groups.setdefault((row["step"], row["prompt_id"]), []).append((row["value/one_step"], row["advantage"]))
     for group in groups.values():
         assert sum(advantage for _, advantage in group) == pytest.approx(0, abs=1e-4)
         assert all(advantage >= -1e-4 for value, advantage in group if value)
