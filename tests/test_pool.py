@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from align.advice import advise
 from align.check import check
 from align.config.selftrain import PoolConfig
 from align.load import ConfigError, load_config
@@ -157,6 +158,15 @@ def test_keys_that_contradict_each_other(section, sentence):
     with pytest.raises(ConfigError) as error:
         load_config(QUICKSTART, [f"--selftrain={section}"])
     assert sentence in str(error.value)
+
+
+def test_choices_that_do_not_do_what_they_seem_to():
+    section = "{term: {}, prompts: [entropy], pool: {size: 9}, weights: [{type: loss, warm_up: 160}]}"
+    advice = "\n".join(advise(load_config(QUICKSTART, [f"--selftrain={section}", "--weighting=gradient"])))
+    assert "selftrain.prompts: weighting.type=gradient measures gradients without these weights" in advice
+    assert "selftrain.filter asks for nothing, so every sample passes" in advice
+    assert "selftrain.pool.size=9 is less than selftrain.term.samples=32" in advice
+    assert "selftrain.weights[0].warm_up=160 leaves no step of 160 with weights" in advice
 
 
 def test_weights_of_values_that_may_be_missing_want_a_threshold():
