@@ -127,6 +127,7 @@ def test_two_processes_train_as_one(alone, tmp_path, sharding):
 def test_adapters_are_trained_and_sequences_count_alike(tmp_path):
     section = {"filter": {"at_least": {"even": 0.5}}, "term": {"coefficient": 0.5, "samples": 4, "normaliser": "sequences"}}
     changes = ["--policy.lora.r=4", "--rollout.temperature=0.7", "--steps=1", "--checkpoint.every=1"]
+    changes += ["--trl.gradient_checkpointing=true"]
     learner, draws = selftrain_run.main(str(tmp_path / "run"), changes, section)
     trained = {name: p.data.clone() for name, p in learner.model.named_parameters() if p.requires_grad}
     lengths = np.array([len(pair[1]) for pair in draws[0].pairs])
@@ -172,11 +173,22 @@ def told(capsys) -> list[str]:
     ]
 
 
-def test_nothing_passes(make_learner, capsys):
-    make_learner(RIGHT.replace("accuracy: 1", "accuracy: 1, brevity: 1"), "--steps=3", "--evaluation.every=0").train()
-    (line,) = told(capsys)
-    assert line.startswith("no sample of 16 passes selftrain.filter; not met: accuracy at_least 1 by ")
-    assert line.endswith(", brevity at_least 1 by 16")
+def test_nothing_passes_but_seeds_are_there(make_learner, capsys, tmp_path):
+    none = RIGHT.replace("accuracy: 1", "accuracy: 1, brevity: 1")
+    seeds = tmp_path / "seeds.jsonl"
+    seeds.write_text("".join(json.dumps(row) + "\n" for row in selftrain_run.TRUSTED))
+    seeded = none.replace("term:", f"pool: {{seeds: {seeds}}}, weights: [{{type: loss}}], term:")
+    for name, section in (("none", none), ("seeded", seeded)):
+        make_learner(section, "--steps=2", "--evaluation.every=0", name=name).train()
+        (line,) = told(capsys)
+        assert line.startswith("no sample of 16 passes selftrain.filter; not met: accuracy at_least 1 by ")
+        assert line.endswith(", brevity at_least 1 by 16")
+    for row in read_lines(tmp_path / "none" / "metrics.jsonl"):
+        assert (row["selftrain/pool"], row["selftrain/kept"]) == (0, 0)
+        assert "selftrain/nll" not in row
+    rows = read_lines(tmp_path / "seeded" / "metrics.jsonl")
+    assert [row["selftrain/pool"] for row in rows] == [2, 2]
+    assert 0 < rows[1]["selftrain/nll"] < rows[0]["selftrain/nll"]  # it learns them
 
 
 def test_everything_passes_and_there_is_one_answer(make_learner, capsys, tmp_path):
