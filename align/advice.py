@@ -21,6 +21,7 @@ def advise(config: Config) -> list[str]:
         *_on_factor_on_rewards(config),
         *_on_evaluation(config),
         *_on_rollout(config),
+        *_on_selftraining(config),
     ]
 
 
@@ -218,6 +219,32 @@ def _on_rollout(config: Config) -> list[str]:
             "rollout.correction none with vLLM: what the two engines compute otherwise is not corrected, and not measured "
             "beyond the check of every push"
         ]
+    return warnings
+
+
+def _on_selftraining(config: Config) -> list[str]:
+    """Samples of the policy's own that are learned from unasked, or not as it seems."""
+    section, warnings = config.selftrain, []
+    if section is None:
+        return []
+    if section.prompts and Signal.GRAM in config.weighting.needs:
+        warnings.append(
+            f"selftrain.prompts: weighting.type={config.weighting.type} measures gradients without these weights of prompts"
+        )
+    if section.term is None:
+        return warnings
+    if not section.filter.asks:
+        warnings.append("selftrain.filter asks for nothing, so every sample passes, right or wrong")
+    if section.pool.size < section.term.samples:
+        warnings.append(
+            f"selftrain.pool.size={section.pool.size} is less than selftrain.term.samples={section.term.samples}: an update "
+            "learns from the whole pool"
+        )
+    for i, weights in enumerate(section.weights):
+        if weights.type == "loss" and weights.warm_up >= config.steps:
+            warnings.append(
+                f"selftrain.weights[{i}].warm_up={weights.warm_up} leaves no step of {config.steps} with weights"
+            )
     return warnings
 
 

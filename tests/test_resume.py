@@ -20,7 +20,11 @@ from tests import forks
 from tests.conftest import QUICKSTART, ROOT, command, environment, overrides, read_lines
 
 RUN = ("--steps=8", "--checkpoint.every=3", "--evaluation.every=3", "--checkpoint.keep=1")
-MID_BATCH = (*RUN, "--learner.updates_per_batch=2", "--learner.iterations_per_batch=2", "--learner.micro_batch_size=4")
+MID_BATCH = (
+    *RUN, "--learner.updates_per_batch=2", "--learner.iterations_per_batch=2", "--learner.micro_batch_size=4",
+    "--selftrain={filter: {at_least: {accuracy: 1}}, weights: [entropy, {type: feasible, threshold: .3}, {type: loss}], "
+    "prompts: [entropy, shuffled], pool: {per_prompt: 1, size: 9}, term: {samples: 4}}",
+)  # fmt: skip
 LAST = "{step: 6, weights: {accuracy: 0, brevity: 1, clarity: 0}}"
 KL = (*RUN, "--trl.beta=0.05", "--weighting.type=schedule", f"--weighting.milestones=[{LAST}]")
 
@@ -68,7 +72,8 @@ def assert_equal(a: Path, b: Path) -> None:
     assert files
     last = complete_checkpoints(a / "checkpoints")[-1][1].relative_to(a)
     state = [last / name for name in ("model.safetensors", "scheduler.pt", "trainer_state.json", "paretune.json")]
-    for file in [*files, Path("metrics.jsonl"), Path("archive.jsonl"), *state]:
+    pool = [Path("pool.jsonl")] if (a / "pool.jsonl").exists() else []
+    for file in [*files, *pool, Path("metrics.jsonl"), Path("archive.jsonl"), *state]:
         assert (a / file).read_bytes() == (b / file).read_bytes(), f"{file} differs"
     ours, theirs = (torch.load(folder / last / "optimizer.pt", weights_only=True)["state"] for folder in (a, b))
     assert all(torch.equal(ours[i][key], theirs[i][key]) for i in ours for key in ours[i])
@@ -99,7 +104,9 @@ def test_killed_at_a_step(tmp_path, straight, step):
     assert_equal(straight(RUN, 1), folder)
 
 
-@pytest.mark.parametrize("more", [MID_BATCH, KL], ids=["in the middle of a batch", "with a reference and a schedule"])
+@pytest.mark.parametrize(
+    "more", [MID_BATCH, KL], ids=["in the middle of a batch, self-training", "with a reference and a schedule"]
+)
 def test_killed_in_other_settings(tmp_path, straight, more):
     folder = tmp_path / "run"
     kill_at(start(folder, *more), folder, 5)

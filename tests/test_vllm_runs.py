@@ -102,8 +102,13 @@ def samples_of(output: Path) -> list[dict]:
 
 def test_several_updates_of_a_batch_make_older_samples_still_bounded(launch, tmp_path, on_servers):
     more = ["--rollout.lookahead=1", "--learner.updates_per_batch=2", "--steps=6", "--checkpoint.every=6"]
+    more += ["--selftrain={filter: {at_least: {accuracy: 1}}, weights: [{type: loss}], term: {samples: 8}}"]
     succeeded(launch("align.train", *overrides(tmp_path / "run", *more, *on_servers)))
     assert [row["policy_age"] for row in rows(tmp_path / "run")[::2]] == [0, 2, 2]
+    passed = read_lines(tmp_path / "run" / "pool.jsonl")[1:]
+    assert {(row["step"], row["policy_version"]) for row in passed} == {(1, 0), (3, 0), (5, 2)}  # as old as their batch
+    assert all(row["log_prob"] < 0 for row in passed)  # what sampled them tells
+    assert all(row["selftrain/nll"] > 0 for row in rows(tmp_path / "run"))
 
 
 def test_sharded_and_plain_processes_follow_one_process(launch, tmp_path, on_servers):

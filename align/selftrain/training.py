@@ -231,7 +231,7 @@ class SelfTraining:
         """Add up, and log with the last pass of an update, what all processes together have learned from."""
         self._term_sums = terms if self._pass_of_update == 0 else self._term_sums + terms
         if self._pass_of_update == self.args.gradient_accumulation_steps - 1:
-            weighted, plain = reduce(self._term_sums).tolist()
+            weighted, plain = reduce(self._term_sums, "sum").tolist()
             self._add_metrics({"selftrain/term": weighted, "selftrain/nll": plain})
 
     # --- what is told -------------------------------------------------------------------------------------------------
