@@ -16,6 +16,7 @@ import torch
 from align.checkpoint import complete_checkpoints
 from align.load import load_config
 from align.runfolder import Run, resume_command
+from tests import forks
 from tests.conftest import QUICKSTART, ROOT, command, environment, overrides, read_lines
 
 RUN = ("--steps=8", "--checkpoint.every=3", "--evaluation.every=3", "--checkpoint.keep=1")
@@ -28,8 +29,13 @@ LAST = "{step: 6, weights: {accuracy: 0, brevity: 1, clarity: 0}}"
 KL = (*RUN, "--trl.beta=0.05", "--weighting.type=schedule", f"--weighting.milestones=[{LAST}]")
 
 
+def starter(processes: int) -> type[subprocess.Popen]:
+    """Several processes are started by the launchers that users have, and one without importing."""
+    return forks.Fork if processes == 1 else subprocess.Popen
+
+
 def start(folder: Path, *more: str, processes: int = 1) -> subprocess.Popen:
-    return subprocess.Popen(
+    return starter(processes)(
         command("align.train", *overrides(folder, *more), processes=processes),
         cwd=ROOT, env=environment(processes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
@@ -52,6 +58,8 @@ def kill_at(process: subprocess.Popen, folder: Path, step: int) -> None:
 
 
 def resume(folder: Path, processes: int) -> subprocess.CompletedProcess:
+    if processes == 1:
+        return forks.run(command("align.train", "--resume", str(folder)), cwd=ROOT, env=environment(1), timeout=240)
     return subprocess.run(
         command("align.train", "--resume", str(folder), processes=processes),
         cwd=ROOT, env=environment(processes), capture_output=True, text=True, timeout=240,
@@ -137,7 +145,7 @@ def test_a_checkpoint_cut_off_by_the_kill_is_passed_over(tmp_path, straight, old
 )
 def test_who_is_stopped_saves_says_how_to_go_on_and_loses_nothing(tmp_path, straight, processes, number):
     folder = tmp_path / "it's a run"  # what is said can be pasted all the same
-    process = subprocess.Popen(
+    process = starter(processes)(
         command("align.train", *overrides(folder, *RUN), processes=processes), cwd=ROOT, env=environment(processes),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
@@ -186,10 +194,8 @@ def test_a_complete_run_says_so(straight):
 
 def test_what_cannot_be_resumed_is_refused(tmp_path, straight):
     folder = straight(RUN, 1)
-    other = subprocess.run(
-        command("align.train", *overrides(folder, *RUN, "--seed=1"), "--resume", str(folder)),
-        cwd=ROOT, env=environment(1), capture_output=True, text=True,
-    )  # fmt: skip
+    arguments = command("align.train", *overrides(folder, *RUN, "--seed=1"), "--resume", str(folder))
+    other = forks.run(arguments, cwd=ROOT, env=environment(1), timeout=240)
     assert other.returncode == 2
     assert "was started with another configuration (differs in seed)" in other.stderr
 
@@ -209,9 +215,7 @@ def test_what_cannot_be_resumed_is_refused(tmp_path, straight):
 def test_a_run_folder_is_never_overwritten(straight):
     folder = straight(RUN, 1)
     before = read_lines(folder / "metrics.jsonl")
-    again = subprocess.run(
-        command("align.train", *overrides(folder, *RUN)), cwd=ROOT, env=environment(1), capture_output=True, text=True
-    )
+    again = forks.run(command("align.train", *overrides(folder, *RUN)), cwd=ROOT, env=environment(1), timeout=240)
     assert again.returncode == 2
     assert f"{folder} already holds a run. Go on with it by --resume {folder}" in again.stderr
     assert read_lines(folder / "metrics.jsonl") == before
