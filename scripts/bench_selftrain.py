@@ -73,7 +73,7 @@ def measure(cycles: int) -> tuple[dict[str, list[float]], dict[int, list[int]]]:
 
         def on_step_begin(self, args, state, control, **kwargs) -> None:
             kind = KINDS[state.global_step % len(KINDS)]
-            learner._draw = Draw()
+            learner._drawn = Draw()
             learner._selftrain = None if kind == "without" else base
             learner._pool = Pool(base.pool, []) if kind == "empty" else full
             if kind == "empty":
@@ -88,7 +88,7 @@ def measure(cycles: int) -> tuple[dict[str, list[float]], dict[int, list[int]]]:
             seconds["wall"].append(time.perf_counter() - self.start["wall"])
             kind = KINDS[(state.global_step - 1) % len(KINDS)]
             if kind in SIZES:
-                tokens[kind].append(tokens_of(learner._draw.pairs))
+                tokens[kind].append(tokens_of(learner._drawn.pairs))
 
     with tempfile.TemporaryDirectory() as folder:
         overrides = [

@@ -1,7 +1,6 @@
 """Self-training inside training: its gradient against a loop over samples, over processes, with adapters; what it tells."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -13,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from align.build import locate_model
 from align.selftrain.weights import answer_entropy, compose, distribution_shift, dual_step, entropy_weights, keep_nearest
-from tests import selftrain_run
-from tests.conftest import ROOT, command, environment, read_lines
+from tests import forks, selftrain_run
+from tests.conftest import ROOT, environment, read_lines, torchrun
 from tests.test_train import ZERO
 
 LAST = "run.run/checkpoints/checkpoint-2/model.safetensors"
@@ -97,7 +96,7 @@ def test_the_weights_of_an_update_by_hand(alone):
 @pytest.mark.parametrize("sharding", ["DDP", "ZeRO-3"])
 def test_two_processes_train_as_one(alone, tmp_path, sharding):
     out, env = str(tmp_path / "run"), environment(2)
-    arguments = command("tests.selftrain_run", out, "--learner.micro_batch_size=2", processes=2)
+    arguments = torchrun("tests.selftrain_run", out, "--learner.micro_batch_size=2", processes=2)
     if sharding != "DDP":
         pytest.importorskip("deepspeed")
         file = tmp_path / "zero.yaml"
@@ -105,7 +104,7 @@ def test_two_processes_train_as_one(alone, tmp_path, sharding):
         del env["ACCELERATE_USE_CPU"]
         launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file)]
         arguments = [*launcher, "-m", "tests.selftrain_run", out]
-    result = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    result = forks.run(arguments, cwd=ROOT, env=env, timeout=280)
     assert result.stdout.count("trained on the pool") == 2, result.stderr[-3000:]
     first, second = (json.loads((tmp_path / f"run.{rank}").read_text()) for rank in (0, 1))
     assert first == second  # to the last bit
