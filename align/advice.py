@@ -16,10 +16,12 @@ def advise(config: Config) -> list[str]:
         *_on_gradients(config),
         *_on_constraints(config),
         *_on_estimator(config),
+        *_on_control(config),
         *_on_sizes_of_weights(config),
         *_on_factor_on_rewards(config),
         *_on_evaluation(config),
         *_on_rollout(config),
+        *_on_selftraining(config),
     ]
 
 
@@ -30,7 +32,7 @@ def _on_weights(config: Config) -> list[str]:
     if weighting.type == "schedule" and any(m.step > config.steps for m in weighting.milestones):
         warnings.append(f"a weighting milestone lies beyond the last step, {config.steps}, and is never reached")
     for name, share in config.user_weights.items():
-        if not share and weighting.type not in ("schedule", "lagrangian"):
+        if not share and weighting.type not in ("schedule", "lagrangian") and config.estimator.type != "dpg":
             warnings.append(f"objective {name!r} has weight 0: it is watched, not trained on")
     return warnings
 
@@ -132,7 +134,7 @@ def _on_constraints(config: Config) -> list[str]:
 def _on_estimator(config: Config) -> list[str]:
     """Options of the estimator that a combination which standardises by itself does not look at."""
     estimator, combination = config.estimator, config.combination
-    if not combination.standardises:
+    if not combination.standardises or estimator.type == "dpg":
         return []
     standardises = f"combination {combination.type} divides by standard deviations itself"
     if estimator.type == "grpo" and estimator.scale != "group":
@@ -144,9 +146,26 @@ def _on_estimator(config: Config) -> list[str]:
     return []
 
 
+def _on_control(config: Config) -> list[str]:
+    """What has no part in a target distribution."""
+    estimator = config.estimator
+    if estimator.type != "dpg":
+        return []
+    warnings = [
+        f"objective {name!r} is neither in estimator.moments nor in estimator.always: it is watched, not trained on"
+        for name in config.objectives
+        if name not in estimator.moments and name not in estimator.always
+    ]
+    if config.combination.type != "sum_then_normalize":
+        warnings.append(
+            f"estimator.type=dpg does not add objectives up: combination {config.combination.type} has no effect"
+        )
+    return warnings
+
+
 def _on_sizes_of_weights(config: Config) -> list[str]:
     """Weights whose sizes the combination does not look at."""
-    if config.combination.type != "pareto_rank":
+    if config.combination.type != "pareto_rank" or config.estimator.type == "dpg":
         return []
     alike = "combination pareto_rank treats all objectives with a weight above 0 alike"
     if config.weighting.type not in ("fixed", "hypervolume"):
@@ -191,6 +210,8 @@ def _on_rollout(config: Config) -> list[str]:
             f"{names} with rollout.correction: samples are drawn from fewer tokens than the learner counts with, so ratios "
             "lie below 1, at level sequence the more the longer a sample is"
         )
+    if config.estimator.type == "dpg":
+        return warnings  # the sampler's own probabilities are in the weights
     if rollout.correction.type == "none" and rollout.lookahead:
         return ["rollout.lookahead=1 with correction none: samples of an older policy count as this one's, which is biased"]
     if rollout.correction.type == "none" and rollout.engine.type == "vllm":
@@ -198,6 +219,32 @@ def _on_rollout(config: Config) -> list[str]:
             "rollout.correction none with vLLM: what the two engines compute otherwise is not corrected, and not measured "
             "beyond the check of every push"
         ]
+    return warnings
+
+
+def _on_selftraining(config: Config) -> list[str]:
+    """Samples of the policy's own that are learned from unasked, or not as it seems."""
+    section, warnings = config.selftrain, []
+    if section is None:
+        return []
+    if section.prompts and Signal.GRAM in config.weighting.needs:
+        warnings.append(
+            f"selftrain.prompts: weighting.type={config.weighting.type} measures gradients without these weights of prompts"
+        )
+    if section.term is None:
+        return warnings
+    if not section.filter.asks:
+        warnings.append("selftrain.filter asks for nothing, so every sample passes, right or wrong")
+    if section.pool.size < section.term.samples:
+        warnings.append(
+            f"selftrain.pool.size={section.pool.size} is less than selftrain.term.samples={section.term.samples}: an update "
+            "learns from the whole pool"
+        )
+    for i, weights in enumerate(section.weights):
+        if weights.type == "loss" and weights.warm_up >= config.steps:
+            warnings.append(
+                f"selftrain.weights[{i}].warm_up={weights.warm_up} leaves no step of {config.steps} with weights"
+            )
     return warnings
 
 

@@ -67,6 +67,13 @@ def is_adapter(model: str) -> bool:
     return (Path(model) / "adapter_config.json").is_file()
 
 
+def base_model(model: str) -> str:
+    """The located model itself, or the one that its LoRA weights belong to."""
+    if not is_adapter(model):
+        return model
+    return json.loads((Path(model) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
 def objectives_of(config: Config | Served) -> list[Objective]:
     """The objectives in the order of the configuration, which is the order of the columns."""
     return [
@@ -165,10 +172,7 @@ def load_tokenizer(model: str, config: Config | Served) -> tuple["PreTrainedToke
     options = {"revision": config.policy.revision, "trust_remote_code": config.policy.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", **options)
-        if is_adapter(model):
-            adapter = json.loads((Path(model) / "adapter_config.json").read_text(encoding="utf-8"))
-            model = adapter["base_model_name_or_path"]
-        model_config = AutoConfig.from_pretrained(model, **options).to_dict()
+        model_config = AutoConfig.from_pretrained(base_model(model), **options).to_dict()
     except (OSError, ValueError) as error:
         raise ValueError(f"policy.model: {model!r} cannot be loaded: {error}") from error
     if tokenizer.pad_token_id is None:

@@ -20,6 +20,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested = False
+        self.number = 0  # of the signal
 
     def listen(self) -> None:
         """From now on; before, a signal stops at once."""
@@ -27,7 +28,7 @@ class StopSignal:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
+        self.requested, self.number = True, number
         for handled in (signal.SIGINT, signal.SIGTERM):
             signal.signal(handled, signal.SIG_DFL)
         if PartialState().is_main_process:

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -19,24 +20,35 @@ if TYPE_CHECKING:
 
 
 def add_worker_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `paretune worker`."""
+    """The arguments of `paretune worker`: those of a server, under the names of `rollout.server.ServerOptions`."""
     add = parser.add_argument
     add("model", metavar="MODEL", help="model folder or hub name: the policy that training starts from")
     add("--revision", default="", help="of a model on the hub (default: the newest)")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=8100, help="port to listen on (default: %(default)s)")
     add("--dtype", default="float32", help="of the weights: float32, bfloat16, float16 or auto (default: %(default)s)")
-    add("--max-concurrent", type=int, default=256, help="most sequences generated at once (default: %(default)s)")
+    add(
+        "--max-concurrent",
+        type=int,
+        default=256,
+        help="most sequences at once (default: %(default)s)",
+    )
     add("--max-model-len", type=int, default=0, help="most tokens of prompt and completion (default: the model's own)")
-    add("--tensor-parallel", type=int, default=1, help="GPUs that share the model (default: %(default)s)")
+    add(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        help="GPUs that share it (default: %(default)s)",
+    )
     add("--gpu-memory", type=float, default=0.9, help="share of each GPU's memory to use (default: %(default)s)")
-    add("--cpu-cache", type=float, default=1.0, metavar="GIB", help="key-value cache on a CPU (default: %(default)s)")
+    cache = "key-value cache on a CPU (default: %(default)s)"
+    add("--cpu-cache", dest="cpu_cache_gib", type=float, default=1.0, metavar="GIB", help=cache)
     add("--threads", type=int, default=0, help="threads to compute with on a CPU (default: one per core)")
     add("--device", choices=("auto", "cpu", "gpu"), default="auto", help="what vLLM is built for (default: %(default)s)")
     add("--trust-remote-code", action="store_true", help="let code that comes with the model run")
     add(
-        "--transfer",
-        choices=("directory", "nccl"),
+        "--sync",
+        choices=("directory", "transfer"),
         default="directory",
         help="how new weights arrive (default: %(default)s)",
     )
@@ -56,19 +68,8 @@ def run_worker(options: argparse.Namespace) -> int:
     from rollout.keeper import start_keeper, stop_keeper
     from rollout.server import SERVERS_KEY, ServerOptions, child_environment, server_command, server_environment
 
-    served = ServerOptions(
-        model=locate_model(options.model),
-        revision=options.revision,
-        dtype=options.dtype,
-        max_concurrent=options.max_concurrent,
-        max_model_len=options.max_model_len,
-        tensor_parallel=options.tensor_parallel,
-        gpu_memory=options.gpu_memory,
-        cpu_cache_gib=options.cpu_cache,
-        trust_remote_code=options.trust_remote_code,
-        transfer=options.transfer,
-        args=_further(options.args),
-    )
+    values = vars(options) | {"model": locate_model(options.model), "args": _further(options.args)}
+    served = ServerOptions(**{field.name: values[field.name] for field in fields(ServerOptions)})
     _check_port(options.host, options.port)
     key = service_key(options.host, SERVERS_KEY, "whoever reaches this server can run code on it")
     if find_spec("vllm") is None:
@@ -111,7 +112,7 @@ def _say_when_ready(server: "Server", keeper: "subprocess.Popen[bytes]", options
             continue
         everywhere = options.host in ("0.0.0.0", "::")
         url = f"http://{socket.gethostname()}:{options.port}" if everywhere else server.url
-        sync = ", sync: transfer" if options.transfer == "nccl" else ""
+        sync = ", sync: transfer" if options.sync == "transfer" else ""
         print(f"ready on {url} ({options.model}, {context} tokens of context; key in {SERVERS_KEY}). Start the trainer with")
         if not os.environ.get(SERVERS_KEY, "").strip():
             print(f"export {SERVERS_KEY}={key}")  # once more: the log of vLLM came between

@@ -25,11 +25,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from align.learner import Learner
+    from align.loaded import LoadedPolicy
     from rollout.client import Server
     from rollout.publish import Leader
     from rollout.workers import LocalWorkers
 
 ROOT = Path(__file__).resolve().parent.parent
+ANOTHER_MODEL = "start it with the model of policy.model"
 PROBES = ("The answer is 42.", " 3 + 4 = 7\n", "naïve café, 東京, \t{}[]<>")
 
 
@@ -57,11 +59,11 @@ class Engine:
     """Where samples come from, before there is a learner.
 
     Args:
-        sampler: Makes the sampler around a learner.
+        sampler: Makes the sampler around a learner, or a policy that is evaluated.
         close: Releases what was started, where no sampler was made.
     """
 
-    sampler: Callable[["Learner"], Sampler]
+    sampler: Callable[["Learner | LoadedPolicy"], Sampler]
     close: Callable[[], None]
 
 
@@ -151,12 +153,13 @@ class _Servers:
         words = ["paretune", "worker", self._config.policy.model]
         words += [] if is_loopback(parts.hostname) else ["--host", "0.0.0.0"]
         words += ["--port", str(parts.port)] if parts.port else []
-        words += ["--transfer", "nccl"] if self._options.sync.type == "transfer" else []
+        words += ["--sync", "transfer"] if self._options.sync.type == "transfer" else []
         advice = f"start it (again) by `{shlex.join(words)}`, with the same {SERVERS_KEY}"
         return Server(url, key, self._options.request_timeout, advice)
 
     def _check(self) -> None:
-        """Raise RolloutError when a server has another tokenizer, or too small a context."""
+        """Raise RolloutError when a server has another vocabulary or tokenizer, or too small a context."""
+        vocabulary = list(range(len(self._tokenizer)))
         for server in self.servers:
             context = server.context()
             if context < self._context:
@@ -164,15 +167,22 @@ class _Servers:
                     f"{server.url} has a context of {context} tokens; prompts and rollout.max_tokens need {self._context}: "
                     "start it with a larger --max-model-len"
                 )
+            here, there = self._tokenizer.decode(vocabulary), server.detokenize(vocabulary)
+            if here != there:
+                same = next((i for i, (a, b) in enumerate(zip(here, there, strict=False)) if a != b), len(there))
+                raise RolloutError(
+                    f"{server.url} has another vocabulary than the policy: its tokens, one after another, read "
+                    f"{there[same : same + 20]!r} where those here read {here[same : same + 20]!r}; {ANOTHER_MODEL}"
+                )
             for text in PROBES:
                 here, there = self._tokenizer(text, add_special_tokens=False)["input_ids"], server.tokenize(text)
                 if list(here) != list(there):
                     raise RolloutError(
                         f"{server.url} has another tokenizer than the policy: {text!r} is {there[:12]} there and "
-                        f"{list(here)[:12]} here; start it with the model of policy.model"
+                        f"{list(here)[:12]} here; {ANOTHER_MODEL}"
                     )
 
-    def _sampler(self, learner: "Learner") -> Sampler:
+    def _sampler(self, learner: "Learner | LoadedPolicy") -> Sampler:
         from rollout.publish import Follower
         from rollout.vllm import Limits, VllmSampler
 
@@ -187,7 +197,7 @@ class _Servers:
             self._run,
         )
 
-    def _leader(self, learner: "Learner") -> "Leader":
+    def _leader(self, learner: "Learner | LoadedPolicy") -> "Leader":
         from rollout.publish import Leader
         from rollout.transfer import DirectoryTransfer, NcclTransfer
 
@@ -233,14 +243,10 @@ def server_options(config: Config, model: str, context: int) -> Any:
         model=model,
         revision="" if Path(model).is_dir() else config.policy.revision,
         dtype=engine.dtype or config.policy.dtype,
-        max_concurrent=engine.max_concurrent,
         max_model_len=context,
-        tensor_parallel=engine.tensor_parallel,
-        gpu_memory=engine.gpu_memory,
-        cpu_cache_gib=engine.cpu_cache_gib,
         trust_remote_code=config.policy.trust_remote_code,
-        transfer="nccl" if engine.sync.type == "transfer" else "directory",
-        args=engine.args,
+        sync=engine.sync.type,
+        **engine.model_dump(include={"max_concurrent", "tensor_parallel", "gpu_memory", "cpu_cache_gib", "args"}),
     )
 
 

@@ -2,26 +2,26 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from align.archive import hypervolume_share, reference_vector, scaled_vector
-from align.build import build_bus, is_adapter, load_prompts, load_tokenizer, locate_model, objectives_of
+from align.build import base_model, build_bus, load_prompts, load_tokenizer, locate_model, objectives_of
 from align.checkpoint import complete_checkpoints
 from align.config import Config
+from align.engine import check_engine
 from align.launch import quiet
 from align.load import load_config
 from align.sampling import Place, evaluation_params
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from align.evaluate import Summary
 
 
@@ -41,9 +41,11 @@ def evaluate_policies(target: str, config_path: str, checkpoints: str, json_path
     config = load_config(config_path or str(run / "config.json"), overrides)
     if not config.evaluation.every:
         raise ValueError("evaluation.every is 0: evaluation is off; set it, and prompts.evaluation")
+    check_engine(config)
     policies = _policies_of(run, config, checkpoints) if run else [Policy(target, locate_model(target))]
     quiet()
-    summaries = {policy.name: _evaluate(policy, config) for policy in policies}
+    with TemporaryDirectory(prefix="paretune-eval-") as folder:
+        summaries = _evaluate(policies, config, run or Path(folder))
     print(_table(summaries, config))
     if json_path:
         figures = {name: {key: _without_nan(table) for key, table in vars(s).items()} for name, s in summaries.items()}
@@ -71,41 +73,39 @@ def _policies_of(run: Path, config: Config, checkpoints: str) -> list[Policy]:
     return chosen
 
 
-def _evaluate(policy: Policy, config: Config) -> "Summary":
-    import torch
+def _evaluate(policies: Sequence[Policy], config: Config, folder: Path) -> "dict[str, Summary]":
+    """Figures by name: all are sampled by the engine of the configuration, one after another, on equal seeds.
 
+    Raises:
+        ValueError: A policy, prompt or reward cannot be had, or the engine samples with none of the weights.
+    """
+    from align.engine import open_engine
     from align.evaluate import evaluate, summarize
+    from align.loaded import LoadedPolicy
+    from align.push import Pusher
     from align.scoring import score_together
-    from rollout.local import LocalSampler
+    from rollout.sampler import RolloutError
 
-    tokenizer, context = load_tokenizer(policy.path, config)
+    first = policies[0].path
+    tokenizer, context = load_tokenizer(first, config)
     prompts = load_prompts(config, tokenizer, context)
-    with closing(build_bus(config, prompts.columns)) as bus:
-        model = _load(policy.path, config).to("cuda" if torch.cuda.is_available() else "cpu")
-        stop = model.generation_config.eos_token_id
-        stop = [stop] if isinstance(stop, int) else list(stop or [])
-        engine = config.rollout.engine  # whatever trained, checkpoints are sampled by transformers
-        batch_size = engine.batch_size if engine.type == "transformers" else engine.max_concurrent
-        sampler = LocalSampler(lambda: _lend(model), tokenizer, sorted({*stop, tokenizer.eos_token_id}), batch_size)
-        params = evaluation_params(config, Place())
+    summaries = {}
+    with closing(build_bus(config, prompts.columns)) as bus, ExitStack() as stack:
         score = partial(score_together, bus, config=config.scoring, pause=lambda: None, stop=lambda: False)
-        evaluation = evaluate(sampler, score, prompts.evaluation, params, step=0)
-    return summarize(evaluation.raw_PGK, objectives_of(config))
-
-
-def _load(path: str, config: Config) -> "PreTrainedModel":
-    from peft import AutoPeftModelForCausalLM
-    from transformers import AutoModelForCausalLM
-
-    loader = AutoPeftModelForCausalLM if is_adapter(path) else AutoModelForCausalLM
-    options = {} if Path(path).is_dir() else {"revision": config.policy.revision}  # of a hub model
-    options |= {"dtype": config.policy.dtype, "trust_remote_code": config.policy.trust_remote_code}
-    return loader.from_pretrained(path, **options).eval()
-
-
-@contextmanager
-def _lend(model: "PreTrainedModel") -> Iterator["PreTrainedModel"]:
-    yield model
+        try:
+            engine = open_engine(config, prompts, tokenizer, base_model(first), folder)
+            stack.callback(engine.close)
+            loaded = LoadedPolicy(config, first, tokenizer.eos_token_id)
+            sampler = stack.enter_context(closing(engine.sampler(loaded)))
+            pusher = Pusher(config, prompts.evaluation, len(tokenizer), loaded, sampler)
+            for number, policy in enumerate(policies):
+                loaded.load(policy.path)
+                pusher.push(number)
+                found = evaluate(sampler, score, prompts.evaluation, evaluation_params(config, Place()), step=number)
+                summaries[policy.name] = summarize(found.raw_PGK, objectives_of(config))
+        except RolloutError as error:
+            raise ValueError(f"{error} (--rollout.engine=transformers samples without servers)") from error
+    return summaries
 
 
 def _table(summaries: "dict[str, Summary]", config: Config) -> str:

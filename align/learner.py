@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ with hidden("vllm"):  # TRL has its own use for it, we have not
 
 from align.archive import ParetoPoint
 from align.checkpoint import STATE_FILE, RunState, checkpoint_name, prune, read_state, write_state
+from align.controlling import Controlling
 from align.correction import correction_metrics, correction_sums
 from align.evaluate import evaluate, summarize
 from align.hacking import HackingWatch, Memory
@@ -58,7 +59,7 @@ TRL_REWARD_METRICS = ("reward", "reward_std", "frac_reward_zero_std")  # TRL's, 
 AGREEMENT_EVERY = 10  # steps between comparisons of the weights across processes
 
 
-class Learner(PolicyAccess, SelfTraining, Probing, GRPOTrainer):
+class Learner(PolicyAccess, SelfTraining, Probing, Controlling, GRPOTrainer):
     """Trains the policy on the advantages that `take_step` gives.
 
     Args:
@@ -144,7 +145,7 @@ class Learner(PolicyAccess, SelfTraining, Probing, GRPOTrainer):
     def roll_out(self) -> dict[str, Any]:
         """Sample this process's part of the batch; the answer to TRL's `rollout_func`."""
         indices = self._prompt_indices[:: self.parts.config.rollout.samples_per_prompt]
-        self._groups = self.rollouts.batch(indices, self.state.global_step)
+        self._groups = self._draw(indices)
         self._add_metrics(self.rollouts.take_metrics())
         samples = [(group.prompt, sample) for group in self._groups for sample in group.samples]
         return {
@@ -242,8 +243,7 @@ class Learner(PolicyAccess, SelfTraining, Probing, GRPOTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """TRL's own loading, then what it leaves out."""
-        # With several CPU processes transformers loads to "cpu:0", "cpu:1", ..., places that torch does not know.
-        torch.serialization.register_package(9, lambda _: None, lambda storage, to: storage if to[:4] == "cpu:" else None)
+        _learn_places()
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             state = read_state(Path(checkpoint))
@@ -267,7 +267,7 @@ class Learner(PolicyAccess, SelfTraining, Probing, GRPOTrainer):
             gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             gather_deepspeed3_params=self.args.ds3_gather_for_generation,
         )
-        with unwrapped as model, self._dist.summon_full_params(self.model_wrapped, recurse=False):
+        with unwrapped as model, self._dist.summon_full_params(self.model_wrapped, recurse=False), self._proposed(model):
             yield model
 
     @contextmanager
@@ -284,13 +284,15 @@ class Learner(PolicyAccess, SelfTraining, Probing, GRPOTrainer):
             base.forward = forward
 
     def _signals(self, output: Mapping[str, Any]) -> Mapping[Signal, np.ndarray]:
-        """What the scheme needs and can be had by now, and nothing else; `output` is the batch as TRL made it."""
+        """What scheme and estimator need and can be had by now, and nothing else; `output` is the batch as TRL made it."""
         needs = self.parts.rules.scheme.needs
         signals = {}
         if Signal.VALIDATION in needs and self.parts.archive.points:
             signals[Signal.VALIDATION] = self.parts.archive.every_vector_MK()
         if Signal.KL in needs:
             signals[Signal.KL] = self.log_ratios(output).reshape(-1, self.parts.rules.group_size)
+        if self.parts.rules.estimator.type == "dpg":
+            signals[Signal.LOG_PROBS] = self._sample_log_probs(output)
         if Signal.GRAM in needs:
             if not self._probe.ordinary and self.parts.rules.scheme.due(self.weight_state, self.state.global_step):
                 self._probe_gradients(output)
@@ -330,6 +332,12 @@ class Learner(PolicyAccess, SelfTraining, Probing, GRPOTrainer):
 
     def _batch_file(self) -> str:
         return f"batch_{self.accelerator.process_index}.pt"
+
+
+@cache
+def _learn_places() -> None:
+    """With several CPU processes transformers loads to "cpu:0", "cpu:1", ..., places that torch does not know."""
+    torch.serialization.register_package(9, lambda _: None, lambda storage, to: storage if to[:4] == "cpu:" else None)
 
 
 def _roll_out(prompts: list[str], learner: Learner) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def trl_arguments(config: Config, plan: Plan, checkpoints: Path, evaluate_first:
             "vllm_importance_sampling_clip_max": correction.max,
             "vllm_importance_sampling_clip_min": correction.min or None,
         }
-    if Signal.KL in config.weighting.needs and not config.trl.get("beta"):
+    if (Signal.KL in config.weighting.needs or config.estimator.type == "dpg") and not config.trl.get("beta"):
         owned["beta"] = KEEP_REFERENCE
     return _defaults(config, plan) | dict(config.trl) | owned
 

@@ -31,11 +31,14 @@ class PolicyAccess:
 
     def log_ratios(self, batch: Mapping[str, Any]) -> np.ndarray:
         """log pi(y) / pi_ref(y) of every sample of all processes (N,), summed over its tokens, nats."""
+        ratios = ((self.batch_log_probs(batch) - batch["ref_per_token_logps"]) * batch["completion_mask"]).sum(dim=1)
+        return gather(ratios).double().cpu().numpy()
+
+    def batch_log_probs(self, batch: Mapping[str, Any]) -> torch.Tensor:
+        """Log-probabilities (B, T) of the completion tokens of this process's batch, nats; meaningless where masked."""
         tokens = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-        log_probs = self._log_probs(tokens, mask, batch["completion_ids"].size(1))
-        ratios = ((log_probs - batch["ref_per_token_logps"]) * batch["completion_mask"]).sum(dim=1)
-        return gather(ratios).double().cpu().numpy()
+        return self._log_probs(tokens, mask, batch["completion_ids"].size(1))
 
     def _log_probs(self, tokens: torch.Tensor, mask: torch.Tensor, keep: int) -> torch.Tensor:
         """Of the last `keep` tokens of every row (B, keep), without dropout."""

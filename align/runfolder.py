@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from align import __version__
 from align.checkpoint import complete_checkpoints, read_state
 from align.config import Config
 from align.files import replace_text
-from align.launch import told_to_use_cpu
+from align.launch import launcher_options, launchers, script, told_to_use_cpu
 from align.load import load_config
 from align.plan import Schedule
 
@@ -136,13 +135,15 @@ def write_folder(run: Run) -> None:
 
 
 def resume_command(run: Run) -> str:
-    """What goes on with a run."""
+    """The command that goes on with a run, started as this one was."""
     name = "train" if run.config.rounds is None else "rounds"
-    cpu = "--cpu " if told_to_use_cpu(os.environ) else ""
-    several = f"accelerate launch {cpu}--num_processes {processes()} -m align.{name}"
-    command = "paretune" if shutil.which("paretune") else os.path.relpath(Path(sys.executable).with_name("paretune"))
-    launcher = f"{command} {name}" if processes() == 1 else several
-    return f"{launcher} --resume {shlex.quote(str(run.folder))}"
+    options = launcher_options(launchers())
+    if options is None and processes() == 1:
+        command = f"{script('paretune')} {name}"
+    else:
+        told = f"{' --cpu' if told_to_use_cpu(os.environ) else ''} --num_processes {processes()}"
+        command = f"{script('accelerate')} launch{told if options is None else options} -m align.{name}"
+    return f"{command} --resume {shlex.quote(str(run.folder))}"
 
 
 def processes() -> int:

@@ -3,14 +3,14 @@
 No generator has a state that would have to be saved: a resumed run draws what the uninterrupted one would have drawn.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from align.config import Config
 from rollout.sampler import SamplingParams
 
-_TRAINING, _EVALUATION, _ROUND, _POOL = 0, 1, 2, 3  # streams of random numbers
+_TRAINING, _EVALUATION, _ROUND, _POOL, _FIT = 0, 1, 2, 3, 4  # streams of random numbers
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,21 @@ def training_params(config: Config, step: int, place: Place) -> SamplingParams:
         top_k=rollout.top_k,
         min_p=rollout.min_p,
         repetition_penalty=rollout.repetition_penalty,
-        log_probs=rollout.correction.type != "none",
+        log_probs=rollout.correction.type != "none" or config.estimator.type == "dpg",
         first=place.process * (rollout.prompts_per_batch // place.processes),
         seed=_seed(config.seed, _TRAINING, step, *_of_process(config, place)),
+    )
+
+
+def fit_params(config: Config, place: Place) -> SamplingParams:
+    """For the prompts from which `estimator: dpg` fits its target, before the first update; dealt out one by one."""
+    return replace(
+        training_params(config, 0, place),
+        samples_per_prompt=config.estimator.fit.samples_per_prompt,
+        log_probs=False,
+        first=place.process,
+        stride=place.processes,
+        seed=_seed(config.seed, _FIT, *_of_process(config, place)),
     )
 
 

@@ -1,12 +1,13 @@
 """One step as a page: from the reward matrix of a batch to its advantages and the next weights."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from align.combine import combine, objective_advantages
 from align.config import CombinationConfig, EstimatorConfig
+from align.control import ControlState, control
 from align.missing import apply_missing, refuse_missing
 from align.weighting import Observation, Scheme, Signal, WeightState
 from rewards.types import Objective, RewardMatrix
@@ -53,11 +54,13 @@ def take_step(
         state: State of the scheme after the previous batch.
         matrix: Rewards of the whole batch, all processes together; N = P * G rows, group by group.
         step: Optimiser steps taken so far.
-        signals: What the scheme needs, as far as there is any yet (`ADVANTAGES` is made here).
+        signals: What the scheme and the estimator need, as far as there is any yet (`ADVANTAGES` is made here).
 
     Raises:
         MissingRewardError: A value is missing whose policy is `fail`.
     """
+    if rules.estimator.type == "dpg":
+        return _take_control_step(rules, state, matrix, step, signals[Signal.LOG_PROBS])
     rewards_PGK = _rewards(rules, matrix)
     missing_PGK = matrix.missing_NK.reshape(rewards_PGK.shape)
     seen_PGK = np.where(missing_PGK, np.nan, rewards_PGK)  # a scheme sees what was measured, not what is filled in
@@ -75,6 +78,24 @@ def take_step(
     advantages_PG *= state.step_scale
 
     return StepResult(advantages_PG, state, _metrics(rules.objectives, matrix, state, constant_PK, advantages_PG))
+
+
+def _take_control_step(
+    rules: StepRules, state: WeightState, matrix: RewardMatrix, step: int, log_probs_3PG: np.ndarray
+) -> StepResult:
+    """Advantages towards the target distribution: neither weights nor combination have a part in them."""
+    raw_PGK = raw_rewards(rules, matrix, rules.group_size)
+    before = ControlState.from_json(state.control)
+    after, advantages_PG, figures = control(rules.estimator, rules.objectives, before, raw_PGK, log_probs_3PG, step)
+    state = replace(state, control=after.to_json())
+    metrics = _metrics(rules.objectives, matrix, state, _constant(raw_PGK), advantages_PG)
+    return StepResult(advantages_PG, state, {**metrics, **{f"dpg/{name}": value for name, value in figures.items()}})
+
+
+def raw_rewards(rules: StepRules, matrix: RewardMatrix, group_size: int) -> np.ndarray:
+    """Values (P, G, K) in the units of the objectives after the missing-value policies. Raises MissingRewardError."""
+    refuse_missing(matrix, rules.max_failed)
+    return apply_missing(matrix.raw_NK.reshape(-1, group_size, len(rules.objectives)), rules.objectives)
 
 
 def advantages_alone(rules: StepRules, matrix: RewardMatrix) -> np.ndarray:

@@ -18,7 +18,7 @@ from align.config import describe, describe_sampling
 from align.config.lagrangian_rules import constraint_kinds
 from align.engine import check_engine
 from align.guard import check_imports
-from align.launch import add_train_arguments, fail, quiet, relaunch_on_cpu, share_cores
+from align.launch import add_train_arguments, fail, quiet, relaunch_on_cpu, share_cores, uncollected
 from align.plan import Plan, Schedule, make_plan
 from align.runfolder import Run, open_run, processes, resume_command, write_folder
 from align.selftrain.pool import refuse_other_pool
@@ -51,7 +51,8 @@ def train(config_path: str, resume: str, overrides: Sequence[str]) -> int:
         if run.finished:
             print(f"{run.folder} is complete: {run.config.steps} steps (a larger --steps goes on)")
             return 0
-        built = build(run)
+        with uncollected():
+            built = build(run)
     except ValueError as error:
         return fail(error)
     from accelerate import PartialState
@@ -154,11 +155,13 @@ def _run(run: Run, built: Built) -> int:
     from accelerate import PartialState
 
     from align.callbacks import ProgressCallback, ScheduleCallback, StopSignal
+    from align.control import ControlError
     from align.missing import MissingRewardError
     from align.probe import ProbeError
     from rollout.sampler import RolloutError
 
     config, state = run.config, PartialState()
+    go_on = resume_command(run)  # now: Ctrl-C ends the launcher before us
     quiet()
     state.wait_for_everyone()  # nobody writes before everybody has checked
     if state.is_main_process:
@@ -173,7 +176,7 @@ def _run(run: Run, built: Built) -> int:
     try:
         learner = build_learner(run, built, schedule, [on_schedule, progress], lambda: stop.requested)
     except (ProbeError, RolloutError) as error:  # seen only once the policy is loaded, or its servers are asked
-        return fail(error, f"Nothing was trained yet; mend it, then {resume_command(run)}")
+        return fail(error, f"Nothing was trained yet; mend it, then {go_on}")
     stop.listen()
     start, done = time.perf_counter(), read_state(Path(run.checkpoint)).step if run.checkpoint else 0
     try:
@@ -181,17 +184,21 @@ def _run(run: Run, built: Built) -> int:
     except (MissingRewardError, RolloutError) as error:
         learner.save_unless_saved()
         print(flush=True)  # below the progress bar
-        return fail(error, f"Nothing is lost: mend it, then {resume_command(run)}")
+        return fail(error, f"Nothing is lost: mend it, then {go_on}")
+    except ControlError as error:
+        print(flush=True)
+        return fail(error, "The target of a run is settled when it starts: begin another, with another --output")
     finally:
         learner.rollouts.close()
         built.bus.close()
+    stopped = on_schedule.stopped and learner.state.global_step < config.steps
     if state.is_main_process:
-        if on_schedule.stopped and learner.state.global_step < config.steps:
-            print(f"stopped after step {learner.state.global_step}; go on with: {resume_command(run)}")
+        if stopped:
+            print(f"stopped after step {learner.state.global_step}; go on with: {go_on}")
         else:
             print(f"trained {learner.state.global_step - done} steps in {time.perf_counter() - start:.0f} s")
             _finish(run, learner)
-    return 0
+    return 128 + stop.number if stopped and processes() == 1 else 0  # launchers take anything else for a crash
 
 
 def _summary(run: Run, built: Built) -> str:

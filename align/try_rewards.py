@@ -1,7 +1,6 @@
 """`paretune rewards try`: the rewards of a file on texts given by hand."""
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -35,7 +34,6 @@ def try_rewards(path: str, overrides: Sequence[str], given: Sequence[str], jsonl
     config = load_trial(path, overrides)
     if bool(given) == bool(jsonl):
         raise ValueError("give --text (once or several times) or --jsonl, not both")
-    os.environ["HF_HUB_OFFLINE"] = "1"
     tokenizer, context = load_tokenizer(locate_policy(config), config) if config.policy else (None, 0)
 
     def encode(text: str) -> tuple[int, ...]:

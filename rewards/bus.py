@@ -47,7 +47,7 @@ class RewardBus:
         """A matrix of these groups, with those cells scored once more that failed on the objectives named."""
         self._pauses.append(time.perf_counter() - self._ended)
         failed = {
-            objective.name: sorted(n for n, column in matrix.errors if column == k)
+            objective.name: dict.fromkeys(sorted(n for n, column in matrix.errors if column == k))
             for k, objective in enumerate(self._objectives)
             if objective.name in names
         }

@@ -1,14 +1,21 @@
 """How a reward is called: with which arguments, where, how many at once, for how long, and how often again."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from operator import attrgetter
 from typing import Any, NamedTuple, Protocol
 
-from rollout.types import FinishReason, SampleGroup
+from rollout.types import FinishReason, Sample, SampleGroup
 
 Value = float | None
 OF_A_SAMPLE = ("text", "prompt", "token_ids", "log_probs", "group", "truncated")
+OF_ITS_OWN: Mapping[str, Callable[[Sample], Any]] = {  # those that differ within a group
+    "text": attrgetter("text"),
+    "token_ids": attrgetter("token_ids"),
+    "log_probs": attrgetter("log_probs"),
+    "truncated": lambda sample: sample.finish_reason == FinishReason.LENGTH,
+}
 TRL_ARGUMENTS = ("prompt", "prompts", "completions", "completion_ids")
 
 
@@ -78,18 +85,20 @@ class PerSample:
 
     def calls(self, groups: Sequence[SampleGroup], rows: Collection[int]) -> Iterator[Call]:
         """See `Form`: one call per sample."""
-        n, wanted = -1, self._wanted
+        own = [(name, OF_ITS_OWN[name]) for name in self._wanted if name in OF_ITS_OWN]
+        n = -1
         for group in groups:
-            available = {**group.prompt.columns, "prompt": group.prompt.text}
-            if "group" in wanted:
-                available["group"] = [sample.text for sample in group.samples]
+            shared = {**group.prompt.columns, "prompt": group.prompt.text}
+            if "group" in self._wanted:
+                shared["group"] = [sample.text for sample in group.samples]
+            shared = {name: shared[name] for name in self._wanted if name in shared}
             for sample in group.samples:
                 n += 1
                 if n in rows:
-                    available["text"], available["token_ids"] = sample.text, sample.token_ids
-                    available["log_probs"] = sample.log_probs
-                    available["truncated"] = sample.finish_reason == FinishReason.LENGTH
-                    yield Call({name: available[name] for name in wanted if name in available}, (n,))
+                    arguments = shared.copy()
+                    for name, get in own:
+                        arguments[name] = get(sample)
+                    yield Call(arguments, (n,))
 
     def values(self, call: Call, answer: Any) -> Sequence[Any]:
         """See `Form`."""
@@ -107,20 +116,20 @@ class Batched:
         self._batch_size = batch_size
 
     def calls(self, groups: Sequence[SampleGroup], rows: Collection[int]) -> Iterator[Call]:
-        """See `Form`: as many samples per call as there may be."""
+        """See `Form`: as many samples per call as there may be; None for a field that a row has not."""
         samples = [(group.prompt, sample) for group in groups for sample in group.samples]
         chosen = [n for n in range(len(samples)) if n in rows]
         size = self._batch_size or max(1, len(chosen))
+        names = dict.fromkeys(name for group in groups for name in group.prompt.columns if name not in TRL_ARGUMENTS)
         for start in range(0, len(chosen), size):
             part = chosen[start : start + size]
             pairs = [samples[n] for n in part]
-            names = [name for name in pairs[0][0].columns if name not in TRL_ARGUMENTS]
             arguments = {
                 "prompts": [prompt.text for prompt, _ in pairs],
                 "completions": [sample.text for _, sample in pairs],
                 "completion_ids": [list(sample.token_ids) for _, sample in pairs],
             }
-            yield Call(arguments | {name: [prompt.columns[name] for prompt, _ in pairs] for name in names}, part)
+            yield Call(arguments | {name: [prompt.columns.get(name) for prompt, _ in pairs] for name in names}, part)
 
     def values(self, call: Call, answer: Any) -> Sequence[Any]:
         """See `Form`."""

@@ -99,6 +99,7 @@ def _value(one_D: np.ndarray, other_D: np.ndarray) -> float | Exception:
 
 
 def packaged() -> str:
+    """Folder of the model that ships in a package of its own. Raises ValueError when that is not installed."""
     spec = find_spec(PACKAGED)  # finds the folder and runs nothing of the package
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(f"no model is given and the packaged one is not installed: {WAY_OUT}, or give `model`")

@@ -10,6 +10,7 @@ from math import isfinite
 from time import time
 from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 
@@ -89,21 +90,29 @@ class Endpoint:
         except (ValueError, RecursionError) as error:
             raise EndpointError(f"{where} did not answer with JSON: {self.quote(text)!r}") from error
 
-    async def find(self, route: str, way_out: str) -> int:
-        """The status that a GET is answered with, whatever it is: somebody is there. Raises ValueError where nobody is."""
+    async def find(self, route: str, way_out: str) -> tuple[int, str]:
+        """Status and text of the answer to a GET, whatever it is: somebody is there.
+
+        Raises:
+            ValueError: Nobody is, or the key is refused.
+        """
         try:
             async with asyncio.timeout(READY_TIMEOUT), self._open() as session, session.get(self.url + route) as answer:
-                if answer.status not in AWAY:
-                    return answer.status
-                why = f"{route} answered {answer.status}"
+                status, text = answer.status, await answer.text(errors="replace")
         except (aiohttp.ClientError, TimeoutError) as error:
             why = f"{type(error).__name__} {error}".strip()
-        raise ValueError(f"there is no service at {self.url} ({why}): {way_out}")
+            raise ValueError(f"there is no service at {self.url} ({why}): {way_out}") from error
+        if status in AWAY:
+            raise ValueError(f"there is no service at {self.url} ({route} answered {status}): {way_out}")
+        if status == 401:
+            refused = f"refuses the key of {self._variable}" if self._key else "wants a key: give key_variable"
+            raise ValueError(f"the service at {self.url} {refused}")
+        return status, text
 
     def _open(self) -> aiohttp.ClientSession:
         connector = aiohttp.TCPConnector(limit=0)  # how many at once is decided by who calls
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT)
-        return aiohttp.ClientSession(headers=self._headers, connector=connector, timeout=timeout, trust_env=True)
+        return aiohttp.ClientSession(headers=self._headers, connector=connector, timeout=timeout, proxy=_proxy(self.url))
 
     def quote(self, text: str) -> str:
         """The beginning of an answer, for an error; without the key, should the service have repeated it."""
@@ -124,6 +133,15 @@ class Endpoint:
         for session in self._sessions:
             await session.close()
         self._sessions = []
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for a url (HTTP_PROXY, HTTPS_PROXY, NO_PROXY).
+
+    Looked up once: aiohttp's own `trust_env` does so for every request, in another thread, and reads ~/.netrc as well.
+    """
+    parts = urlsplit(url)
+    return None if proxy_bypass(parts.hostname or "") else getproxies().get(parts.scheme)
 
 
 def _seconds(retry_after: str) -> float:

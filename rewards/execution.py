@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -106,8 +107,8 @@ class Inline:
         for call in self._form.calls(groups, rows):
             try:
                 values += self._form.values(call, self._function(**call.arguments))
-            except Exception as error:  # a reward is other people's code: the boundary is here
-                values += [_placed(error)] * len(call.rows)
+            except (Exception, SystemExit) as error:  # a reward is other people's code: the boundary is here
+                values += [_placed(_contained(error))] * len(call.rows)
             times.append(time.perf_counter())
         return Scores(values, times[-1] - times[0], [after - before for before, after in pairwise(times)])
 
@@ -210,7 +211,10 @@ class Asynchronous:
     async def __call__(self, arguments: Mapping[str, Any]) -> Any:
         """See `Invoker`."""
         async with asyncio.timeout(self._timeout):
-            return await self._function(**arguments)
+            try:
+                return await self._function(**arguments)
+            except (SystemExit, KeyboardInterrupt) as error:  # these would end the event loop
+                raise _contained(error) from error
 
     def ready(self) -> None:
         """See `Invoker`."""
@@ -257,7 +261,7 @@ class Threads:
         try:
             answer.set_result(self._function(**arguments))
         except BaseException as error:
-            answer.set_exception(error)
+            answer.set_exception(_contained(error))
 
     def ready(self) -> None:
         """See `Invoker`."""
@@ -314,15 +318,20 @@ def _start(make: Callable[[], Callable[..., Any]]) -> None:
 def _call(arguments: Mapping[str, Any]) -> Any:
     try:
         return _here[0](**arguments)
-    except Exception as error:
-        _placed(error)  # notes travel to the other process, tracebacks do not
-        raise
+    except BaseException as error:
+        raise _placed(_contained(error)) from error  # notes travel to the other process, tracebacks do not
 
 
 @cache
 def _loop() -> asyncio.AbstractEventLoop:
     loop = asyncio.new_event_loop()
-    threading.Thread(target=loop.run_forever, daemon=True, name="rewards").start()
+
+    def run() -> None:
+        while not loop.is_closed():
+            with suppress(SystemExit, KeyboardInterrupt):  # of a task that a reward has started: it must not stop all others
+                loop.run_forever()
+
+    threading.Thread(target=run, daemon=True, name="rewards").start()
     return loop
 
 
@@ -337,6 +346,13 @@ def _tell(function: Any, method: str) -> None:
         acting = act()
         if asyncio.iscoroutine(acting):
             in_loop(acting).result()
+
+
+def _contained(error: BaseException) -> Exception:
+    """The error, or one that says what it was where it would end the program rather than the call."""
+    if isinstance(error, Exception):
+        return error
+    return RuntimeError(f"it raised {type(error).__name__} ({error})").with_traceback(error.__traceback__)
 
 
 def _placed(error: Exception) -> Exception:

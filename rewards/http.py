@@ -11,10 +11,16 @@ and is answered with one value per sample, in their order, null where there is n
 
     {"values": [0.5, null, ...], "errors": {"1": "TimeoutError: ..."}}
 
+A service may say what it has, and is then asked before a run begins:
+
+    GET URL/v1/objectives    ->    {"harmless": {"bounds": [0.0, 1.0], "direction": "maximize"}, ...}
+
 `paretune rewards serve` answers so; anything else that does may take its place.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from rewards.endpoint import Endpoint, EndpointError
@@ -46,14 +52,23 @@ class RemoteReward:
         return [RemoteError(errors[str(n)]) if str(n) in errors else value for n, value in enumerate(values)]
 
     async def ready(self) -> None:
-        """Raise ValueError when the service is not there, or has another key."""
+        """Raise ValueError when the service is not there, wants another key, or says that it has no such objective."""
         way_out = "start it by `paretune rewards serve`, or mend `url`"
-        if await self._endpoint.find(OBJECTIVES, way_out) == 401:
-            raise ValueError(f"{self._endpoint.url} has another key: give the one that it was started with (key_variable)")
+        status, text = await self._endpoint.find(OBJECTIVES, way_out)
+        if status == 200 and self._objective not in (there := _names(text)):
+            raise ValueError(f"{self._endpoint.url} has no objective {self._objective!r}; there are {', '.join(there)}")
 
     async def close(self) -> None:
         """Close the connections."""
         await self._endpoint.close()
+
+
+def _names(text: str) -> Sequence[str]:
+    """Objectives that an answer lists. Raises ValueError for an answer of another form."""
+    with suppress(ValueError, RecursionError):
+        if isinstance(listed := json.loads(text), dict):
+            return list(listed)
+    raise ValueError(f"{OBJECTIVES} is answered with something else than a table of objectives: {text!r:.200}")
 
 
 class RemoteError(RuntimeError):

@@ -97,6 +97,10 @@ class Server:
         """Token ids of a text by the server's tokenizer, without special tokens."""
         return self.post("/tokenize", {"prompt": text, "add_special_tokens": False})["tokens"]
 
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """Text of token ids by the server's tokenizer, special tokens included."""
+        return self.post("/detokenize", {"tokens": list(ids)})["prompt"]
+
     def score(self, sequences: Sequence[Sequence[int]]) -> np.ndarray:
         """log p(token | those before it), nats, of all tokens but the first: (S, T - 1) for S sequences of T tokens."""
         body = {"model": SERVED_NAME, "prompt": [list(s) for s in sequences], "max_tokens": 1, "prompt_logprobs": 0}
@@ -130,13 +134,14 @@ class Server:
         """Results of a method of the server's worker processes, one per process."""
         return self.post("/collective_rpc", {"method": method, "kwargs": arguments})["results"]
 
-    async def complete(self, session: aiohttp.ClientSession, request: Mapping[str, Any]) -> Mapping[str, Any]:
-        """One completion. Raises ServerError when it cannot be had from this server, RolloutError when from none."""
+    async def complete(self, session: aiohttp.ClientSession, request: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """The request's completions. Raises ServerError when this server cannot give them, RolloutError when none can."""
         answer = await self._ask(session, "POST", "/v1/completions", {"model": SERVED_NAME, **request}, self.timeout)
-        choice = answer["choices"][0]
-        if choice["finish_reason"] not in ("stop", "length"):
-            raise ServerError(f"{self.url} ended a sample with {choice['finish_reason']!r}")
-        return choice
+        choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+        for choice in choices:
+            if choice["finish_reason"] not in ("stop", "length"):
+                raise ServerError(f"{self.url} ended a sample with {choice['finish_reason']!r}")
+        return choices
 
     def post(self, route: str, body: Any = None) -> Any:
         """Answer to a POST. Raises ServerError, or RolloutError where the server refuses."""

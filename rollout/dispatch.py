@@ -4,6 +4,7 @@ import asyncio
 import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rollout.client import Server, ServerError, ServerTimeout
@@ -13,13 +14,28 @@ RETRY_SECONDS = 1.0  # between two looks at a server that is away
 ATTEMPTS = 4  # times that one request is tried
 
 
+@dataclass(frozen=True)
+class Job:
+    """One request.
+
+    Args:
+        tokens: That it may take.
+        samples: That it makes at the same time.
+        run: Does it on a server.
+    """
+
+    tokens: int
+    samples: int
+    run: Callable[[Server], Awaitable[Any]]
+
+
 class Dispatcher:
     """Runs requests on the server that has least to do. Used for one batch, within one event loop.
 
     Args:
         servers: All of them.
         away: Those that cannot be used at first.
-        concurrent: Requests in flight at one server.
+        concurrent: Samples in flight at one server; a request for more is sent to one that has nothing to do.
         ready: Whether a server can be used (again); called in a thread of its own. Raises RolloutError that says why not.
         hopeless: Why no server will come back; empty while one may.
         patience: Seconds to wait when no server is left.
@@ -48,15 +64,15 @@ class Dispatcher:
         for server in away:
             self._lose(server)
 
-    async def run_all(self, jobs: Sequence[tuple[int, Callable[[Server], Awaitable[Any]]]]) -> list[Any]:
-        """Results in the order of the jobs; each is (tokens it may take, what to do with a server).
+    async def run_all(self, jobs: Sequence[Job]) -> list[Any]:
+        """Results in the order of the jobs.
 
         The largest begin first, so that what is left at the end is small. Raises RolloutError when a job fails for good.
         """
         tasks: dict[int, asyncio.Task[Any]] = {}
         try:
-            for i in sorted(range(len(jobs)), key=lambda i: -jobs[i][0]):
-                tasks[i] = asyncio.create_task(self._run(*jobs[i]))
+            for i in sorted(range(len(jobs)), key=lambda i: -jobs[i].tokens):
+                tasks[i] = asyncio.create_task(self._run(jobs[i]))
             await asyncio.gather(*tasks.values())
         finally:
             for task in (*tasks.values(), *self._recoveries):
@@ -64,11 +80,11 @@ class Dispatcher:
             await asyncio.gather(*tasks.values(), *self._recoveries, return_exceptions=True)
         return [tasks[i].result() for i in range(len(jobs))]
 
-    async def _run(self, tokens: int, job: Callable[[Server], Awaitable[Any]]) -> Any:
+    async def _run(self, job: Job) -> Any:
         for attempt in range(1, ATTEMPTS + 1):
-            server = await self._take(tokens)
+            server = await self._take(job)
             try:
-                result = await job(server)
+                result = await job.run(server)
                 self._answered[server] = time.monotonic()
                 return result
             except ServerError as error:
@@ -78,24 +94,25 @@ class Dispatcher:
                 if attempt == ATTEMPTS:
                     raise RolloutError(f"a sample was tried {ATTEMPTS} times: {error}") from error
             finally:
-                self._tokens[server] -= tokens
-                self._running[server] -= 1
+                self._tokens[server] -= job.tokens
+                self._running[server] -= job.samples
                 async with self._changed:
                     self._changed.notify_all()
         raise AssertionError("the last attempt returns or raises")
 
-    async def _take(self, tokens: int) -> Server:
+    async def _take(self, job: Job) -> Server:
         async with self._changed:
-            await self._changed.wait_for(lambda: self._failure or self._free())
+            await self._changed.wait_for(lambda: self._failure or self._free(job))
             if self._failure:
                 raise self._failure
-            server = min(self._free(), key=self._tokens.__getitem__)
-            self._tokens[server] += tokens
-            self._running[server] += 1
+            server = min(self._free(job), key=self._tokens.__getitem__)
+            self._tokens[server] += job.tokens
+            self._running[server] += job.samples
             return server
 
-    def _free(self) -> list[Server]:
-        return [s for s, count in self._running.items() if s not in self.away and count < self._concurrent]
+    def _free(self, job: Job) -> list[Server]:
+        most = max(0, self._concurrent - job.samples)
+        return [s for s, count in self._running.items() if s not in self.away and count <= most]
 
     def _lose(self, server: Server) -> None:
         if server not in self.away:

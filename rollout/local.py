@@ -80,7 +80,7 @@ class LocalSampler:
             input_ids=input_ids.to(model.device),
             attention_mask=mask.to(model.device),
             generation_config=self._generation_config(params),
-            logits_processor=LogitsProcessorList([*_warpers(params), recorder] if params.log_probs else []),
+            logits_processor=LogitsProcessorList([*_warpers(params), *([recorder] if params.log_probs else [])]),
         )
         completions = [self._cut(ids) for ids in output[:, width:].tolist()]
         log_probs = recorder.log_probs(output) if params.log_probs else [[]] * len(completions)
@@ -101,16 +101,7 @@ class LocalSampler:
         return FinishReason.STOP if ids and ids[-1] in self._stop else FinishReason.LENGTH
 
     def _generation_config(self, params: SamplingParams) -> GenerationConfig:
-        sampling = {
-            "temperature": params.temperature,
-            "top_p": params.top_p,
-            "top_k": params.top_k,
-            "min_p": params.min_p or None,
-        }
-        if params.temperature == 0:
-            sampling = {}
-        elif params.log_probs:  # `_warpers` do it, in front of the recorder
-            sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} if params.temperature > 0 else {}  # `_warpers` do it
         return GenerationConfig(
             do_sample=params.temperature > 0,
             max_new_tokens=params.max_tokens,
@@ -144,14 +135,14 @@ class _Recorder(LogitsProcessor):
 
 
 def _warpers(params: SamplingParams) -> list[LogitsProcessor]:
-    """The sampling settings in transformers' own order; transformers would put them behind processors of ours."""
+    """The sampling settings in vLLM's order; transformers' own has min_p last, and would keep more under top_p."""
     if params.temperature == 0:
         return []
     return [
         *([TemperatureLogitsWarper(params.temperature)] if params.temperature != 1 else []),
+        *([MinPLogitsWarper(params.min_p)] if params.min_p else []),
         *([TopKLogitsWarper(params.top_k)] if params.top_k else []),
         *([TopPLogitsWarper(params.top_p)] if params.top_p < 1 else []),
-        *([MinPLogitsWarper(params.min_p)] if params.min_p else []),
     ]
 
 

@@ -12,6 +12,7 @@ from rollout.sampler import Check, Gap, RolloutError
 from rollout.transfer import Transfer, Weights, on_all
 
 PERIOD = 1.0  # seconds between two looks at the servers
+REFUSALS = 2  # of the same weights by a server that answers; more would not help
 
 
 class Publisher(Protocol):
@@ -93,6 +94,7 @@ class Leader:
         self._check: Check
         self._gap = Gap()
         self._gone: dict[int, str] = {}
+        self._refused: dict[int, list[str]] = {}  # why each server that answers would not have the version in force
         self._told: dict[int, str] = {}  # what keeps each server away
         self._lock = threading.Lock()  # held while weights are on their way
         self._closed = threading.Event()
@@ -103,6 +105,7 @@ class Leader:
         weights = iter(weights)
         with self._lock:
             self._version, self._check = version, check
+            self._refused.clear()
             try:
                 there = [server for server in self.servers if server.healthy()]
                 errors = self.transfer.send(weights, there)
@@ -124,7 +127,9 @@ class Leader:
 
     def hopeless(self) -> str:
         """See `Publisher`."""
-        return next(iter(self._gone.values())) if len(self._gone) == len(self.servers) else ""
+        refused = {index: errors[-1] for index, errors in self._refused.items() if len(errors) >= REFUSALS}
+        reasons = self._gone | refused
+        return next(iter(reasons.values())) if len(reasons) == len(self.servers) else ""
 
     def close(self) -> None:
         """End the watch, then release the transfer."""
@@ -182,10 +187,17 @@ class Leader:
         with self._lock:
             if version == self._version or server.version() == self._version:
                 return
-            self.transfer.resend(server)
-            self._gap = self._admit(server)
-            if not self._check.passes(self._gap):
-                raise RolloutError(f"its log-probabilities differ from the learner's by {self._gap.max:.2g}; it is left out")
+            try:
+                self.transfer.resend(server)
+                self._gap = self._admit(server)
+                if not self._check.passes(self._gap):
+                    largest = f"{self._gap.max:.2g}"
+                    raise RolloutError(f"{server.url}: its log-probabilities differ from the learner's by {largest}")
+            except RolloutError as error:
+                if server.healthy():
+                    self._refused.setdefault(index, []).append(str(error))
+                raise
+            self._refused.pop(index, None)
 
     def _start_again(self, index: int, hangs: bool) -> None:
         try:

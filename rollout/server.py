@@ -12,7 +12,7 @@ from rollout.server_guard import KEY_VARIABLE
 
 SERVED_NAME = "policy"
 SERVERS_KEY = "PARETUNE_VLLM_KEY"  # variable with the key of servers that no run has started
-TRANSFERS = ("directory", "nccl")
+BACKENDS = {"directory": "directory", "transfer": "nccl"}  # vLLM's names of the ways that weights come
 _DEVICES = "CUDA_VISIBLE_DEVICES"
 _ROOT = Path(__file__).resolve().parent.parent
 _SMALLEST_BATCH = 4096  # tokens; a CPU server takes whole prompts, so that its batch must hold the longest
@@ -43,11 +43,11 @@ class ServerOptions:
         gpu_memory: Share of each device's memory to use, over 0 up to 1.
         cpu_cache_gib: GiB of the key-value cache on a CPU.
         trust_remote_code: Whether code that comes with the model may run.
-        transfer: How new weights get there: "directory" or "nccl".
+        sync: How new weights get there: "directory" or "transfer".
         args: Further arguments of vLLM by name. A flag is a bool, a list several values, a table JSON.
 
     Raises:
-        ValueError: `transfer` is unknown, or `args` has something that is set otherwise.
+        ValueError: `sync` is unknown, or `args` has something that is set otherwise.
     """
 
     model: str
@@ -59,12 +59,12 @@ class ServerOptions:
     gpu_memory: float
     cpu_cache_gib: float
     trust_remote_code: bool
-    transfer: str
+    sync: str
     args: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        if self.transfer not in TRANSFERS:
-            raise ValueError(f"transfer={self.transfer!r} is neither of {', '.join(TRANSFERS)}")
+        if self.sync not in BACKENDS:
+            raise ValueError(f"sync={self.sync!r} is neither of {', '.join(BACKENDS)}")
         for name in self.args:
             plain = name.lstrip("-").replace("-", "_")
             if plain.removeprefix("no_") in RESERVED:
@@ -98,7 +98,7 @@ def server_command(options: ServerOptions, host: str, port: int, cpu: bool) -> l
         "served_model_name": SERVED_NAME,
         "seed": 0,
         "worker_extension_cls": "rollout.vllm_worker.WeightsFromFiles",
-        "weight_transfer_config": {"backend": options.transfer},
+        "weight_transfer_config": {"backend": BACKENDS[options.sync]},
         "disable_uvicorn_access_log": True,
         "disable_log_stats": True,
         "middleware": "rollout.server_guard.RequireKey",

@@ -10,11 +10,13 @@ import aiohttp
 import numpy as np
 
 from rollout.client import Server, ServerError
-from rollout.dispatch import Dispatcher
+from rollout.dispatch import Dispatcher, Job
 from rollout.publish import Publisher, belongs_to_another
 from rollout.sampler import NO_CHECK, Check, Gap, RolloutError, SamplingParams
 from rollout.transfer import on_all
 from rollout.types import FinishReason, Prompt, Sample, SampleGroup
+
+REQUESTS = 32  # per server, as far as there are samples: enough to spread evenly, and each costs a server milliseconds
 
 
 @dataclass(frozen=True)
@@ -111,20 +113,33 @@ class VllmSampler:
         Raises:
             RolloutError: No server is left, or all refuse a request.
         """
-        seeds = _seeds(len(prompts), params)
-        requests = [self._request(p, seed, params) for p, row in zip(prompts, seeds, strict=True) for seed in row]
+        requests = self._requests(prompts, params)
         if self._closed:
             raise RolloutError("the sampler is closed")
-        choices = asyncio.run(self._complete_all(requests, on_all(self.servers, self._ready)))
+        answers = asyncio.run(self._complete_all(requests, on_all(self.servers, self._ready)))
         self._still_own()
+        size = params.samples_per_prompt
+        repeats = size if params.temperature == 0 else 1
+        choices = [choice for answer in answers for choice in answer for _ in range(repeats)]
         texts = self._decode([choice["token_ids"] for choice in choices])
         samples = [self._sample(choice, text, params) for choice, text in zip(choices, texts, strict=True)]
-        size = params.samples_per_prompt
         return [SampleGroup(p, tuple(samples[i * size : (i + 1) * size])) for i, p in enumerate(prompts)]
 
-    def _request(self, prompt: Prompt, seed: int, params: SamplingParams) -> dict[str, Any]:
+    def _requests(self, prompts: Sequence[Prompt], params: SamplingParams) -> list[dict[str, Any]]:
+        """Several samples of a prompt to a request. Greedy ones, which are all equal, are made once: vLLM makes no more."""
+        size = 1 if params.temperature == 0 else params.samples_per_prompt
+        share = max(1, min(size, len(prompts) * size // (REQUESTS * len(self.servers))))
+        return [
+            self._request(prompt, seed + first, min(share, size - first), params)
+            for prompt, seed in zip(prompts, _seeds(len(prompts), params), strict=True)
+            for first in range(0, size, share)
+        ]
+
+    def _request(self, prompt: Prompt, seed: int, count: int, params: SamplingParams) -> dict[str, Any]:
+        """For `count` samples; vLLM gives them the seeds from `seed` on."""
         request = {
             "prompt": list(prompt.token_ids),
+            "n": count,
             "max_tokens": params.max_tokens,
             "temperature": params.temperature,
             "stop_token_ids": self._stop,
@@ -147,14 +162,16 @@ class VllmSampler:
             text,
         )
 
-    async def _complete_all(self, requests: Sequence[dict[str, Any]], away: Iterable[Server]) -> list[Mapping[str, Any]]:
-        """Completions in the order of the requests."""
+    async def _complete_all(
+        self, requests: Sequence[dict[str, Any]], away: Iterable[Server]
+    ) -> list[list[Mapping[str, Any]]]:
+        """Completions of every request, in the order of the requests."""
         self._batch = asyncio.get_running_loop(), asyncio.current_task()
         limits, hopeless = self._limits, self.publisher.hopeless
         dispatcher = Dispatcher(self.servers, away, limits.concurrent, self._ready, hopeless, limits.patience)
         try:
             async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-                jobs = [(_tokens(r), partial(Server.complete, session=session, request=r)) for r in requests]
+                jobs = [Job(_tokens(r), r["n"], partial(Server.complete, session=session, request=r)) for r in requests]
                 return await dispatcher.run_all(jobs)
         finally:
             self._batch = None
@@ -162,11 +179,10 @@ class VllmSampler:
 
 def _tokens(request: Mapping[str, Any]) -> int:
     """What a request may take: tokens to read and to make."""
-    return len(request["prompt"]) + request["max_tokens"]
+    return len(request["prompt"]) + request["n"] * request["max_tokens"]
 
 
-def _seeds(count: int, params: SamplingParams) -> list[list[int]]:
-    """A seed of 31 bits for every sample, G for each of `count` prompts."""
+def _seeds(count: int, params: SamplingParams) -> list[int]:
+    """Seeds of 31 bits of the first samples of `count` prompts; those of the others follow it."""
     places = range(params.first, params.first + count * params.stride, params.stride)
-    states = [np.random.SeedSequence((params.seed, place)).generate_state(params.samples_per_prompt) for place in places]
-    return [(state >> 1).tolist() for state in states]
+    return [int(np.random.SeedSequence((params.seed, place)).generate_state(1)[0]) >> 1 for place in places]

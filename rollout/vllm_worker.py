@@ -56,6 +56,9 @@ class DirectoryTransfer(WeightTransferEngine[DirectoryInit, DirectoryUpdate]):
         initialize_layerwise_reload(self.model)
         try:
             self.model.load_weights(_tensors(files))
+        except Exception as error:  # vLLM's says nothing where a shape is wrong
+            kind = type(self.model).__name__
+            raise ValueError(f"the weights do not fit the {kind} that this server was started with ({error!r})") from error
         finally:  # also after a failure: the next set then starts from a model that is whole
             finalize_layerwise_reload(self.model, self.model_config)
             refresh_tied_heads(self.model)

@@ -3,7 +3,6 @@
 import contextlib
 import http.client
 import os
-import re
 import secrets
 import shutil
 import socket
@@ -23,12 +22,12 @@ from tqdm import tqdm
 from rollout.keeper import GRACE, start_keeper, stop_keeper
 from rollout.sampler import RolloutError
 from rollout.server import ServerOptions, child_environment, server_command, server_environment
+from rollout.server_log import telling_lines
 
 _STOP_TIMEOUT = GRACE + 35.0  # seconds; a keeper takes no longer, unless something cannot be killed
 _SILENT, _REFUSED = 0, -1  # in place of a status, when a server does not answer, and when nobody listens
 _POLL = 0.2  # seconds between looks at a server that starts
 _TAIL = 400_000  # bytes of a log that an error is looked for in
-_LINES, _WIDTH, _CONTEXT = 15, 300, 5  # of a log in an error message: lines, characters, lines beside the errors
 _LONGEST_SOCKET_FOLDER = 60  # characters: a socket's path, with a UUID and more at its end, has 107 at most
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -286,14 +285,6 @@ def _scratch_folder() -> str:
 
 # --- logs ---------------------------------------------------------------------------------------------------------------
 
-_PREFIX = re.compile(r"^(?:\([^()]*pid=\d+\) ?)?(?:(?P<level>[A-Z]+) \d\d-\d\d \d\d:\d\d:\d\d (?:\[[^\]]*\] ?)?)?")
-_ERROR = re.compile(r"\b\w*(?:Error|Exception)\b|\berror[:,]", re.IGNORECASE)
-_NOISE = re.compile(
-    r'^\s*(?:File "|Traceback |[\^~]+\s*$|During handling|The above exception|- leaked|nanobind:|non-default args|$)|^    '
-    r"|\w+Warning: |warnings\.warn|[▀█]"
-)
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-
 
 def _failure(worker: _Worker, what: str) -> WorkerError:
     return WorkerError(f"vLLM worker {worker.number} {what}{_told(worker)}\nIts log: {worker.log}")
@@ -309,19 +300,3 @@ def _told(worker: _Worker) -> str:
     except OSError:
         return ""
     return "".join(f"\n  {line}" for line in telling_lines(text))
-
-
-def telling_lines(text: str) -> list[str]:
-    """The lines of a log that say what went wrong: the first errors, then the last others; each once, and cut."""
-    errors: dict[str, None] = {}
-    others: dict[str, None] = {}
-    for raw in text.splitlines():
-        line = _COLOUR.sub("", raw)
-        head = _PREFIX.match(line)
-        line = line[head.end() :].rstrip()
-        if _NOISE.search(line):
-            continue
-        serious = head["level"] not in ("INFO", "DEBUG", "WARNING") and _ERROR.search(line)
-        (errors if serious else others)[line[:_WIDTH]] = None
-    first = list(errors)[: _LINES - _CONTEXT]
-    return first + list(others)[-(_CONTEXT if first else _LINES) :]

@@ -7,9 +7,10 @@ What is compared takes turns within one run; ratios are taken round by round.
 overhead   4,096 samples on three trivial functions: the bus, against a plain loop that calls them with the same arguments.
 endpoints  Three services that each take 200 ms an answer, 256 samples, 64 requests at once each: all three objectives,
            against the slowest of them alone. They listen on this machine, in a process of their own each.
-fuzz       Every built-in reward that needs no model and no service, on hostile texts (`tests/hostile.py`), a quarter of them
-           with each of four seeds: counts of values and of missing cells, the slowest call, and the largest resident memory
-           (MiB) of this process and of its workers during each quarter. Stops at a value out of bounds or a call too late.
+fuzz       Every built-in reward on hostile texts (`tests/hostile.py`), a quarter of them with each of four seeds; models are
+           tiny, and services answer from this process. Counts of values and of missing cells, the slowest call, and the
+           largest resident memory (MiB) of this process and of its workers during each quarter. Stops at a value out of
+           bounds or a call too late.
 
 The last line of stdout is a JSON object; words go to stderr. Times are in seconds.
 """
@@ -27,6 +28,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -199,20 +201,21 @@ def endpoints(options: argparse.Namespace) -> dict[str, Any]:
 
 def fuzz(options: argparse.Namespace) -> dict[str, Any]:
     """Hostile texts through the built-in rewards."""
-    from tests import test_reward_fuzz
-
-    runnable = test_reward_fuzz.runnable()
+    from tests.fuzz_cases import all_cases
+    from tests.test_reward_fuzz import SEED
+    from tests.test_reward_fuzz import fuzz as put_to
 
     found: dict[str, dict[str, Any]] = {}
     memory, start = [], time.perf_counter()
-    for quarter in range(4):
-        with watched_memory() as peaks:
-            for name, facts in test_reward_fuzz.fuzz(options.texts // 4, test_reward_fuzz.SEED + quarter, runnable).items():
-                so_far = found.setdefault(name, {"values": 0, "missing": Counter(), "slowest_s": 0.0})
-                so_far["values"] += facts["values"]
-                so_far["missing"].update(facts["missing"])
-                so_far["slowest_s"] = max(so_far["slowest_s"], facts["slowest"])
-        memory.append({kind: round(peak) for kind, peak in peaks.items()})
+    with TemporaryDirectory() as folder, all_cases(Path(folder)) as cases:
+        for quarter in range(4):
+            with watched_memory() as peaks:
+                for name, facts in put_to(options.texts // 4, SEED + quarter, cases).items():
+                    so_far = found.setdefault(name, {"values": 0, "missing": Counter(), "slowest_s": 0.0})
+                    so_far["values"] += facts["values"]
+                    so_far["missing"].update(facts["missing"])
+                    so_far["slowest_s"] = max(so_far["slowest_s"], facts["slowest"])
+            memory.append({kind: round(peak) for kind, peak in peaks.items()})
     return {"texts": options.texts, "took_s": time.perf_counter() - start, "memory_mib": memory, "rewards": found}
 
 

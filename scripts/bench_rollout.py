@@ -1,13 +1,14 @@
 """Sampling with vLLM servers: speed, balance, weight pushes, lookahead, memory, and whether equal batches come out equal.
 
-    python scripts/bench_rollout.py [--only throughput,balance,sync,lookahead,memory,repeat] [--model 25m|shipped]
+    python scripts/bench_rollout.py [--only throughput,transformers,balance,...] [--model 25m|shipped]
 
 What is compared takes turns within one run, so that other work on the machine meets both; ratios are taken round by round.
 
 throughput  One server through `VllmSampler`, against vLLM's offline class in a process of its own: the same requests, seeds,
-            threads, cache and options; both make texts and log-probabilities. Beside them, in the first round, transformers'
-            generation. `even`: nothing stops a sample before `--tokens`. `uneven`: some tokens do, four times as many
-            tokens at the latest.
+            threads, cache and options; both make texts and log-probabilities. By wall time, and by processor time, which
+            other work on the machine changes less. `even`: nothing stops a sample before `--tokens`. `uneven`: some
+            tokens do, four times as many tokens at the latest.
+transformers   The same against transformers' generation, which is slow where lengths are uneven: give few `--rounds`.
 balance     Two servers, uneven prompts and completions: wall time against that of the same requests dealt out by hindsight
             (longest first, by true numbers of tokens), and against the mean time that a server had something to do.
             `at_once`: all samples are in flight from the start, as by default. `queued`: an eighth of them per server.
@@ -15,6 +16,7 @@ sync        A verified push of weights as a share of a whole step; TRL's `step_t
 lookahead   Steps whose sampling and whose training each sleep `--delay` seconds, with and without lookahead.
 memory      Largest resident memory of every process: one learner, two under ZeRO-2, two under ZeRO-3, each with a server.
 repeat      Equal batches: share of samples with other tokens, and the largest difference of log-probabilities before them.
+resume      The quickstart twice, and once stopped half-way and resumed, on the same server: how far the runs differ.
 
 Words go to stderr, and so does all else that is said; the last line of stdout is a JSON object. Times are in seconds.
 """
@@ -40,11 +42,13 @@ from scripts.bench_rollout_common import CORES, Setting, say
 
 PARTS = {  # and the module that has them
     "throughput": "sampling",
+    "transformers": "sampling",
     "balance": "sampling",
     "sync": "runs",
     "lookahead": "runs",
     "memory": "runs",
     "repeat": "sampling",
+    "resume": "runs",
 }
 
 

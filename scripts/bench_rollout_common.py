@@ -62,7 +62,7 @@ def serve(setting: Setting, count: int) -> Iterator[LocalWorkers]:
     """Local servers of the policy, as a run starts them."""
     options = ServerOptions(
         model=setting.policy, revision="", dtype="float32", max_concurrent=256, max_model_len=setting.context,
-        tensor_parallel=1, gpu_memory=0.9, cpu_cache_gib=CACHE_GIB, trust_remote_code=False, transfer="directory", args={},
+        tensor_parallel=1, gpu_memory=0.9, cpu_cache_gib=CACHE_GIB, trust_remote_code=False, sync="directory", args={},
     )  # fmt: skip
     workers = LocalWorkers(options, count, setting.folder / "workers", [[]] * count)
     workers.start()

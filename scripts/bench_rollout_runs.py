@@ -14,14 +14,17 @@ from unittest.mock import patch
 
 import numpy as np
 import psutil
+from pyarrow.parquet import read_table
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from rollout.server import SERVERS_KEY
-from rollout.workers import telling_lines
+from rollout.server_log import telling_lines
 from scripts.bench_probe import start
 from scripts.bench_rollout_common import CACHE_GIB, GROUP, ROOT, Setting, in_turn, ratios, say, serve, spread
 
 STEPS = 4  # of a run, the first one not counted
+HALF = 4  # steps of half a run that is stopped and resumed
 
 
 def overrides(setting: Setting, samples: int, micro: int) -> list[str]:
@@ -168,3 +171,42 @@ def end_tree(pid: int) -> None:
         process.terminate()
     for process in psutil.wait_procs(processes, 20)[1]:
         process.kill()
+
+
+def resume(setting: Setting) -> dict[str, Any]:
+    """How far a run lies from the same run a second time, and from the same stopped half-way and resumed."""
+    small, quickstart = replace(setting, model="shipped"), str(ROOT / "configs" / "quickstart.yaml")
+    schedule = [f"--steps={2 * HALF}", f"--evaluation.every={HALF}", f"--checkpoint.every={HALF}"]
+    with serve(small, 1) as workers, patch.dict(os.environ, {SERVERS_KEY: workers.key}):
+        servers = ["--rollout.engine.type=vllm", f"--rollout.engine.urls={json.dumps(workers.urls)}"]
+        for name, more in {"whole": [], "again": [], "parts": [f"--steps={HALF}"]}.items():
+            output = f"--output={setting.folder / name}"
+            train_apart(["--config", quickstart, output, *servers, *schedule, *more])
+        train_apart(["--resume", str(setting.folder / "parts"), f"--steps={2 * HALF}"])
+    whole = setting.folder / "whole"
+    return {name: differences_of(whole, setting.folder / name) for name in ("again", "parts")}
+
+
+def train_apart(arguments: Sequence[str]) -> None:
+    """Train in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [sys.executable, "-m", "align.train", *arguments], cwd=ROOT, env=environment, check=True, stdout=sys.stderr
+    )
+
+
+def differences_of(first: Path, second: Path) -> dict[str, Any]:
+    """Two runs: whether data and versions are the same, share of other samples, largest differences of the rest."""
+    tables = [read_table(run / "samples").to_pylist() for run in (first, second)]
+    pairs = list(zip(*tables, strict=True))
+    losses = [[json.loads(line)["loss"] for line in (run / "metrics.jsonl").open()] for run in (first, second)]
+    points = [[json.loads(line)["values"] for line in (run / "archive.jsonl").open()] for run in (first, second)]
+    last = f"checkpoints/checkpoint-{2 * HALF}/model.safetensors"
+    weights = [load_file(run / last) for run in (first, second)]
+    return {
+        "same_prompts_and_versions": all(a[k] == b[k] for a, b in pairs for k in ("prompt", "policy_version")),
+        "other_samples": statistics.mean(a["text"] != b["text"] for a, b in pairs),
+        "largest_loss_difference": max(abs(a - b) for a, b in zip(*losses, strict=True)),
+        "largest_held_out_difference": max(abs(a[k] - b[k]) for a, b in zip(*points, strict=True) for k in a),
+        "largest_weight_difference": max(float((weights[0][k] - weights[1][k]).abs().max()) for k in weights[0]),
+    }

@@ -16,6 +16,7 @@ from unittest.mock import patch
 
 import aiohttp
 import numpy as np
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,7 +26,7 @@ from rollout.local import LocalSampler
 from rollout.publish import Follower
 from rollout.sampler import SamplingParams
 from rollout.types import Prompt, Sample
-from rollout.vllm import Limits, VllmSampler, _seeds
+from rollout.vllm import Limits, VllmSampler
 from rollout.workers import LocalWorkers
 from scripts.bench_rollout_common import CACHE_GIB, CORES, GROUP, Setting, in_turn, ratios, say, serve, spread
 
@@ -63,12 +64,6 @@ def uneven_prompts(setting: Setting, seed: int) -> list[Prompt]:
     return [Prompt(str(i), "", tuple(rng.integers(256, size=int(n)).tolist()), {}) for i, n in enumerate(lengths)]
 
 
-def requests_of(sampler: VllmSampler, prompts: Sequence[Prompt], params: SamplingParams) -> list[dict[str, Any]]:
-    """What the sampler would ask its servers for."""
-    rows = zip(prompts, _seeds(len(prompts), params), strict=True)
-    return [sampler._request(prompt, seed, params) for prompt, seeds in rows for seed in seeds]
-
-
 def drawn(sampler: Any, prompts: Sequence[Prompt], params: SamplingParams) -> tuple[float, list[Sample]]:
     """A batch and its seconds."""
     start = time.perf_counter()
@@ -80,42 +75,66 @@ def drawn(sampler: Any, prompts: Sequence[Prompt], params: SamplingParams) -> tu
 
 
 def throughput(setting: Setting) -> dict[str, Any]:
-    """Tokens per second of the three ways to sample."""
+    """Our sampler on one server, against vLLM's offline class."""
+    with offline(setting) as (engine, pid), serve(setting, 1) as workers:
+        tree = [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
+        return race(
+            setting, workers, "offline", lambda sampler, prompts, params: engine(sampler._requests(prompts, params)), tree
+        )
+
+
+def transformers(setting: Setting) -> dict[str, Any]:
+    """Our sampler on one server, against transformers' generation."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(setting.policy), AutoTokenizer.from_pretrained(setting.policy)
+
+    def draw(sampler: VllmSampler, prompts: Sequence[Prompt], params: SamplingParams) -> tuple[float, list[Sample]]:
+        return drawn(LocalSampler(lambda: nullcontext(model), tokenizer, sampler._stop, 256), prompts, params)
+
+    with serve(setting, 1) as workers:
+        return race(setting, workers, "transformers", draw, [os.getpid()])
+
+
+def race(setting: Setting, workers: LocalWorkers, other: str, draw: Callable, pids: Sequence[int]) -> dict[str, Any]:
+    """Tokens per second and per second of a processor by our sampler and another way, which the processes `pids` go."""
     prompts, cases = real_prompts(setting), {"even": ([], setting.tokens), "uneven": (setting.stop, setting.longest)}
-    speeds, same = {case: defaultdict(list) for case in cases}, []
-    with offline(setting) as engine, serve(setting, 1) as workers:
+    used = {"server": [os.getpid(), *workers.pids(0)], other: pids}
+    figures, same = {}, []
+    for case, (stop, tokens) in cases.items():
+        server, speeds, by_processor = sampler_on(setting, workers, 1, stop), defaultdict(list), defaultdict(list)
+        ways = {"server": drawn, other: draw}
         for i in range(-1, setting.rounds):  # the first round is a warm-up
-            for case, (stop, tokens) in cases.items():
-                params, found = params_of(max_tokens=tokens if i >= 0 else 4, seed=i + 1), {}
-                server = sampler_on(setting, workers, 1, stop)
-                requests = requests_of(server, prompts, params)
-                samplers = {"server": server, "transformers": LocalSampler(lambda: nullcontext(model), tokenizer, stop, 256)}
-                names = ["server", "offline", "transformers"][: 3 if i <= 0 else 2]  # the slow one once
-                for name in in_turn(names, i):
-                    forget(server)
-                    seconds, samples = engine(requests) if name == "offline" else drawn(samplers[name], prompts, params)
-                    found[name] = [tuple(sample.token_ids) for sample in samples]
-                    say(f"round {i}, {case}, {name}: {sum(map(len, found[name]))} tokens in {seconds:.2f} s")
-                    if i >= 0:
-                        speeds[case][name].append(sum(map(len, found[name])) / seconds)
-                same.append(statistics.mean(a == b for a, b in zip(found["server"], found["offline"], strict=True)))
-    return {
-        "threads": torch.get_num_threads(),
-        "equal_samples_server_offline": min(same),
-    } | {
-        case: {
-            "tokens_per_s": {name: spread(values) for name, values in of_case.items()},
-            "server_to_offline": ratios(of_case["server"], of_case["offline"]),
-            "server_to_transformers": ratios(of_case["server"][:1], of_case["transformers"]),
+            params, found = params_of(max_tokens=tokens if i >= 0 else 4, seed=i + 1), {}
+            for name in in_turn(list(ways), i):
+                forget(server)
+                before = processor_seconds(used[name])
+                seconds, samples = ways[name](server, prompts, params)
+                busy = processor_seconds(used[name]) - before
+                found[name] = [tuple(sample.token_ids) for sample in samples]
+                total = sum(map(len, found[name]))
+                say(f"round {i}, {case}, {name}: {total} tokens in {seconds:.2f} s, {busy:.2f} s of processors")
+                if i >= 0:
+                    speeds[name].append(total / seconds)
+                    by_processor[name].append(total / busy)
+            same.append(statistics.mean(a == b for a, b in zip(found["server"], found[other], strict=True)))
+        figures[case] = {
+            "tokens_per_s": {name: spread(values) for name, values in speeds.items()},
+            f"server_to_{other}": ratios(speeds["server"], speeds[other]),
+            f"server_to_{other}_by_processor_time": ratios(by_processor["server"], by_processor[other]),
         }
-        for case, of_case in speeds.items()
-    }
+    return {"threads": torch.get_num_threads(), "equal_samples": min(same)} | figures
+
+
+def processor_seconds(pids: Sequence[int]) -> float:
+    """Processor time that processes have used so far, without their children."""
+    return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids)
 
 
 @contextmanager
-def offline(setting: Setting) -> Iterator[Callable[[list[dict[str, Any]]], tuple[float, list[Any]]]]:
-    """vLLM's offline class in a process of its own, which works only while it is asked to; gives seconds and samples."""
+def offline(setting: Setting) -> Iterator[tuple[Callable[[list[dict[str, Any]]], tuple[float, list[Any]]], int]]:
+    """vLLM's offline class in a process of its own, which works only while it is asked to.
+
+    Yields a function from requests to seconds and samples, and the process's id.
+    """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=offline_engine, args=(there, setting.policy, setting.context))
@@ -126,7 +145,7 @@ def offline(setting: Setting) -> Iterator[Callable[[list[dict[str, Any]]], tuple
 
     try:
         here.recv()  # it is ready
-        yield lambda requests: here.send(requests) or here.recv()
+        yield (lambda requests: here.send(requests) or here.recv()), process.pid
     finally:
         here.close()  # at which it ends
         process.join(30)
@@ -154,7 +173,7 @@ def offline_engine(pipe: Any, model: str, context: int) -> None:
             prompts = [{"prompt_token_ids": request["prompt"]} for request in requests]
             params = [vllm.SamplingParams(**{key: request[key] for key in request.keys() - other}) for request in requests]
             outputs = engine.generate(prompts, params, use_tqdm=False)
-            samples = [SimpleNamespace(token_ids=tuple(output.outputs[0].token_ids)) for output in outputs]
+            samples = [SimpleNamespace(token_ids=tuple(one.token_ids)) for output in outputs for one in output.outputs]
             pipe.send((time.perf_counter() - start, samples))
 
 
@@ -171,10 +190,10 @@ def balance(setting: Setting) -> dict[str, Any]:
             drawn(sampler, uneven_prompts(setting, 0)[:2], params_of(max_tokens=4, seed=0))  # warm-up
             for i in range(setting.rounds):
                 prompts, params = uneven_prompts(setting, i), params_of(max_tokens=setting.longest, seed=i)
-                requests = requests_of(sampler, prompts, params)
+                requests = sampler._requests(prompts, params)
                 with watched(sampler, walls["ours"], busy["ours"]):
-                    samples = drawn(sampler, prompts, params)[1]
-                costs = [len(r["prompt"]) + len(s.token_ids) for r, s in zip(requests, samples, strict=True)]
+                    made = iter(drawn(sampler, prompts, params)[1])
+                costs = [len(r["prompt"]) + sum(len(next(made).token_ids) for _ in range(r["n"])) for r in requests]
                 with watched(sampler, walls["hindsight"], busy["hindsight"]):
                     asyncio.run(by_hindsight(sampler, requests, costs, concurrent))
                 say(f"round {i}, {case}: {walls['ours'][-1]:.2f} s, by hindsight {walls['hindsight'][-1]:.2f} s")
@@ -194,7 +213,7 @@ def watched(sampler: VllmSampler, walls: list[float], busy: list[float]) -> Iter
     spans: dict[str, list[float]] = defaultdict(list)
     original = Server.complete
 
-    async def complete(self: Server, session: aiohttp.ClientSession, request: Mapping[str, Any]) -> Mapping[str, Any]:
+    async def complete(self: Server, session: aiohttp.ClientSession, request: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         spans[self.url].append(time.perf_counter())
         answer = await original(self, session, request)
         spans[self.url].append(time.perf_counter())

@@ -56,14 +56,13 @@ servers() {
 
 # One server; started again when it dies, three times.
 server() {
-  local first=$(($1 * TENSOR_PARALLEL)) transfer=directory attempt
-  [ "$SYNC" = directory ] || transfer=nccl
+  local first=$(($1 * TENSOR_PARALLEL)) attempt
   CUDA_VISIBLE_DEVICES=$(seq -s, "$first" "$((first + TENSOR_PARALLEL - 1))")
   export CUDA_VISIBLE_DEVICES
   for attempt in 1 2 3 4; do
     echo "server $1 on ${SLURMD_NODENAME:-this node}, attempt $attempt"
     "$PYTHON" -m align.cli worker "$MODEL" --host 0.0.0.0 --port "$((SERVER_PORT + $1))" --dtype "$DTYPE" \
-      --max-model-len "$MAX_MODEL_LEN" --tensor-parallel "$TENSOR_PARALLEL" --transfer "$transfer" && return
+      --max-model-len "$MAX_MODEL_LEN" --tensor-parallel "$TENSOR_PARALLEL" --sync "$SYNC" && return
     sleep 5
   done
   return 1

@@ -51,7 +51,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--base", default="", help="folder or hub name of an encoder; default all-MiniLM-L6-v2, packaged")
     parser.add_argument("--form", choices=FORMS, default="text", help="what it reads: question and answer, or the answer")
     parser.add_argument("--max-length", type=int, default=128, help="tokens read (default 128)")
-    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--batch", type=int, default=16, help="pairs per step (default 16)")
     parser.add_argument("--seed", type=int, default=0)
@@ -70,11 +70,12 @@ def tokenised(found: Sequence[Pair], texts: Texts, form: str, max_length: int) -
         return [frame.fit(*both, longest).ids for both in zip(prompts, ids, strict=True)]
 
     chosen, rejected = rows([pair.chosen for pair in found]), rows([pair.rejected for pair in found])
-    return Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected})
+    lengths = [max(len(a), len(b)) for a, b in zip(chosen, rejected, strict=True)]
+    return Dataset.from_dict({"chosen_ids": chosen, "rejected_ids": rejected, "length": lengths})
 
 
 def make_trainer(base: str, texts: Texts, data: Dataset, options: argparse.Namespace) -> RewardTrainer:
-    """TRL's trainer of an encoder with one output."""
+    """TRL's trainer of an encoder with one output; batches of like length, since most of a mixed one is padding."""
     torch.manual_seed(options.seed)  # of the output layer, which the base has not
     model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, trust_remote_code=False)
     settings = RewardConfig(
@@ -86,6 +87,8 @@ def make_trainer(base: str, texts: Texts, data: Dataset, options: argparse.Names
         lr_scheduler_type="linear",
         center_rewards_coefficient=0.01,
         max_length=None,
+        train_sampling_strategy="group_by_length",
+        remove_unused_columns=False,  # the trainer would take `length` for one
         gradient_checkpointing=False,
         bf16=False,
         logging_steps=10,

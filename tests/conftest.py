@@ -17,16 +17,19 @@ from hypothesis import settings
 from align.guard import check_imports
 from align.launch import share_cores
 from rollout.server import ServerOptions
+from tests import forks
 
+ROOT = Path(__file__).resolve().parent.parent
+START = str(ROOT / "tests" / "start")  # what processes do first
 check_imports()
 share_cores()
 settings.register_profile("paretune", deadline=None, derandomize=True)  # a busy machine fails no test, and nor does chance
 settings.load_profile("paretune")
 pytest.register_assert_rewrite("tests.code_judge", "tests.judge_service")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub
+os.environ["PYTHONPATH"] = os.pathsep.join([START, *filter(None, [os.environ.get("PYTHONPATH")])])
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background are deaf to it, and so are their children
 
-ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = str(ROOT / "configs" / "quickstart.yaml")
 WEIGHTS = {"accuracy": 0.5, "brevity": 0.3, "clarity": 0.2}
 FIXED = f"--weighting={json.dumps({'type': 'fixed', 'weights': WEIGHTS})}"
@@ -52,26 +55,27 @@ SERVER = ServerOptions(
     gpu_memory=0.9,
     cpu_cache_gib=0.1,
     trust_remote_code=False,
-    transfer="directory",
+    sync="directory",
     args={},
 )
 
 
 @pytest.fixture
-def launch(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs `python -m MODULE ARGUMENTS` (under `accelerate launch` for several processes) and captures the output."""
+def launch() -> Callable[..., subprocess.CompletedProcess]:
+    """Runs `python -m MODULE ARGUMENTS` (several by torch's launcher) without importing, and captures the output."""
 
     def run(module: str, *arguments: str, processes: int = 1, cwd: Path = ROOT, timeout: int = 240):
-        return subprocess.run(
-            command(module, *arguments, processes=processes),
-            cwd=cwd,
-            env=environment(processes),
-            capture_output=True,
-            text=True,
-            timeout=timeout,
+        return forks.run(
+            torchrun(module, *arguments, processes=processes), cwd=cwd, env=environment(processes), timeout=timeout
         )
 
     return run
+
+
+def torchrun(module: str, *arguments: str, processes: int) -> list[str]:
+    """What `command` comes to in the end: accelerate's launcher and ours replace themselves by torch's."""
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] * (processes > 1)
+    return [sys.executable, *several, "-m", module, *arguments]
 
 
 def command(module: str, *arguments: str, processes: int = 1) -> list[str]:
@@ -85,7 +89,7 @@ def command(module: str, *arguments: str, processes: int = 1) -> list[str]:
 def environment(processes: int) -> dict[str, str]:
     """Environment of a child process; with several, each gets one thread so that they do not fight for the cores."""
     threads = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
-    return {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true", **threads}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), START]), "ACCELERATE_USE_CPU": "true", **threads}
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import re
+import sys
 import threading
 import time
 
@@ -145,6 +146,24 @@ class AbsentAsync:
 
     async def ready(self) -> None:
         Absent().ready()
+
+
+def leaves(text: str) -> float:
+    """Ends the program when told so."""
+    if text == "leave":
+        sys.exit(3)
+    return 0.5
+
+
+async def leaves_elsewhere(text: str) -> float:
+    """Starts a task that ends the program when told so."""
+
+    async def leave() -> None:
+        sys.exit(3)
+
+    if text == "leave":
+        await asyncio.create_task(leave())
+    return 0.5
 
 
 class Connected:

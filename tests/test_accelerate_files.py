@@ -1,6 +1,5 @@
 """The files of configs/accelerate: accelerate reads them, and what they shard trains like what they do not."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from safetensors.torch import load_file
 
+from tests import forks
 from tests.conftest import ROOT, environment, overrides, read_lines
 
 FILES = sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))
@@ -46,7 +46,7 @@ def train(name: str, folder: Path, module: str = "align.train") -> list[dict]:
     del env["ACCELERATE_USE_CPU"]  # it leaves no room for DeepSpeed
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{name}.yaml", *CPU]
     command = [*launcher, "-m", module, *overrides(folder, *FEW)]
-    result = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    result = forks.run(command, cwd=ROOT, env=env, timeout=500)
     assert "2 process(es)" in result.stdout, result.stderr
     assert "trained 3 steps" in result.stdout, result.stderr  # DeepSpeed may abort after it, when the interpreter ends
     return read_lines(folder / "metrics.jsonl")

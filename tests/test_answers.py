@@ -113,6 +113,9 @@ ONE_EACH = [  # texts that answer the same, in the eyes of math-verify
     ["\\boxed{\\begin{pmatrix}1\\\\2\\end{pmatrix}}", "\\boxed{\\begin{pmatrix}1.0\\\\\\frac{4}{2}\\end{pmatrix}}"],
     ["\\boxed{10^{10000000000}}"],
     ["\\boxed{5000!}"],
+    ["\\boxed{50}"],  # right where 50% is stated, and wrong where 0.5 is, unlike 50%
+    ["\\boxed{0.123457}", "\\boxed{0.12345651}"],
+    ["\\boxed{0.123456}"],
 ]
 
 
@@ -135,7 +138,7 @@ def test_without_worked_out_what_is_to_be_worked_out_counts_as_its_value():
 # --- right or wrong together ------------------------------------------------------------------------------------------
 
 KINDS = {  # stated answers, each with the places in ONE_EACH of texts to compare with it
-    ("0.5", "1/2", "50", "50\\%", "\\frac13"): (0, 5, 6),
+    ("0.5", "1/2", "50", "50\\%", "\\frac13"): (0, 5, 6, 29),
     ("72", "71", "1,200", "0"): (1, 2, 3, 9, 10, 11),
     ("3\\sqrt{2}", "4.242641"): (7, 8),
     ("2x+3", "\\{1,2\\}", "x>1"): (12, 16, 17, 19),

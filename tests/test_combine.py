@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align import combine as module
@@ -39,6 +39,7 @@ COMBINATIONS = (*ANY_WEIGHTS, DVAO, SOFT_MIN, CHEBYSHEV, PRODUCT, RANK)
 every_combination = pytest.mark.parametrize("combination", COMBINATIONS, ids=lambda c: c.type)
 every_estimator = pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda e: e.type)
 SEEDS = st.integers(0, 1000)
+few = settings(max_examples=25)  # random numbers, each time other ones: more say nothing more
 
 
 def random_rewards(seed: int, prompts: int = 3, group: int = 4, objectives: int = 3) -> np.ndarray:
@@ -145,6 +146,7 @@ def in_loops(groups: list[list[list[float]]], weights: list[float], name: str, o
 
 @pytest.mark.parametrize("combination", [MO_GRPO, NORMALIZE, DVAO, SOFT_MIN], ids=lambda c: c.type)
 @pytest.mark.parametrize("estimator", [GRPO, REINFORCE], ids=lambda e: e.type)
+@few
 @given(seed=SEEDS)
 def test_those_that_standardise_equal_plain_loops(combination, estimator, seed):
     rewards, weights = random_rewards(seed), [0.6, 0.3, 0.1]
@@ -154,6 +156,7 @@ def test_those_that_standardise_equal_plain_loops(combination, estimator, seed):
 
 @every_combination
 @every_estimator
+@few
 @given(seed=SEEDS)
 def test_order_of_objectives_does_not_matter(combination, estimator, seed):
     rewards, order = random_rewards(seed), np.random.default_rng(seed).permutation(3)
@@ -167,6 +170,7 @@ def test_order_of_objectives_does_not_matter(combination, estimator, seed):
 
 @every_combination
 @every_estimator
+@few
 @given(seed=SEEDS)
 def test_order_of_samples_does_not_matter(combination, estimator, seed):
     rewards, order = random_rewards(seed), np.random.default_rng(seed).permutation(4)
@@ -178,6 +182,7 @@ def test_order_of_samples_does_not_matter(combination, estimator, seed):
     )
 
 
+@few
 @given(seed=SEEDS, factor=st.floats(0.1, 10), shift=st.floats(-1, 1))
 @pytest.mark.parametrize("combination", [NORMALIZE, MO_GRPO, SOFT_MIN], ids=lambda c: c.type)
 def test_the_scale_of_an_objective_is_not_seen_where_it_is_standardised(combination, seed, factor, shift):
@@ -190,6 +195,7 @@ def test_the_scale_of_an_objective_is_not_seen_where_it_is_standardised(combinat
 
 
 @pytest.mark.parametrize("combination", [NORMALIZE, DVAO, SOFT_MIN, PRODUCT, RANK], ids=lambda c: c.type)
+@few
 @given(seed=SEEDS, factor=st.floats(0.5, 10))
 def test_a_factor_on_all_weights_does_not_matter(combination, seed, factor):
     rewards, weights = random_rewards(seed), np.array([0.5, 0.3, 0.2])
@@ -211,6 +217,7 @@ def test_a_weight_of_zero_takes_an_objective_out(combination, estimator):
 
 @pytest.mark.parametrize("combination", [ESTIMATE, MO_GRPO], ids=lambda c: c.type)
 @every_estimator
+@few
 @given(seed=SEEDS)
 def test_linear_in_the_weights(combination, estimator, seed):
     rewards, (one, other) = random_rewards(seed), np.random.default_rng(seed).normal(size=(2, 3))
@@ -223,6 +230,7 @@ def test_linear_in_the_weights(combination, estimator, seed):
 
 @pytest.mark.parametrize("combination", ANY_WEIGHTS, ids=lambda c: c.type)
 @every_estimator
+@few
 @given(seed=SEEDS)
 def test_a_negative_weight_is_the_weight_of_the_opposite(combination, estimator, seed):
     """With a stream that has a range of its own, as the log-ratio to a reference policy has."""
@@ -234,6 +242,7 @@ def test_a_negative_weight_is_the_weight_of_the_opposite(combination, estimator,
     )
 
 
+@few
 @given(seed=SEEDS, spread=st.floats(1e-4, 1))
 def test_dvao_never_exceeds_grpo(seed, spread):
     rewards, weights = random_rewards(seed) * np.array([1, spread, spread**2]), np.array([0.2, 0.3, 0.5])
@@ -242,6 +251,7 @@ def test_dvao_never_exceeds_grpo(seed, spread):
 
 
 @every_estimator
+@few
 @given(seed=SEEDS)
 def test_soft_min_goes_from_the_mean_to_the_worst(estimator, seed):
     rewards, weights = random_rewards(seed), np.array([0.5, 0.3, 0.2])
@@ -255,6 +265,7 @@ def test_soft_min_goes_from_the_mean_to_the_worst(estimator, seed):
 
 
 @every_estimator
+@few
 @given(seed=SEEDS)
 def test_one_objective_alone(estimator, seed):
     """Nothing to combine: those that standardise give group-scaled grpo, all others the estimator."""
@@ -296,6 +307,7 @@ def test_options_of_the_estimator_that_are_not_looked_at(combination):
 
 @every_combination
 @every_estimator
+@few
 @given(seed=SEEDS)
 def test_a_left_out_sample_has_no_advantage_and_touches_no_statistic(combination, estimator, seed):
     rewards, weights = random_rewards(seed), np.array([0.5, 0.3, 0.2])

@@ -15,8 +15,8 @@ from rewards.component import load_component
 from rewards.endpoint import _seconds, disarmed
 from rewards.execution import Later, Permanent
 from rewards.judge import Judge, pack
-from tests.judge_service import KEY, RUBRIC, block, completion, score, verdict
-from tests.test_remote_rewards import group
+from tests.judge_service import KEY, RUBRIC, Service, block, completion, score, verdict
+from tests.test_remote_rewards import group, running
 
 pytest_plugins = ["tests.judge_service"]
 pytestmark = pytest.mark.usefixtures("quick_retries")
@@ -129,6 +129,21 @@ def test_a_service_that_says_when_is_asked_then(monkeypatch, patience, least, mo
     assert least <= time.perf_counter() - start < most
     assert matrix.errors[0, 0].startswith("EndpointBusy: http://127.0.0.1")
     assert matrix.errors[0, 0].endswith("answered 429: slow")
+
+
+@pytest.mark.parametrize("spared", [False, True])
+def test_a_proxy_is_that_of_the_environment(monkeypatch, spared):
+    """The service itself is nowhere."""
+    monkeypatch.setenv("no_proxy", "judge.invalid" if spared else "")
+    service = Service(lambda body: verdict(7))
+    with running(service.app()) as proxy:
+        monkeypatch.setenv("http_proxy", proxy)
+        args = {"url": "http://judge.invalid/v1", "model": "j", "rubric": RUBRIC}
+        component = load_component("judge", args, [], {"retries": 0})
+        found = component.start([group("a")], [0])().values
+        component.close()
+    assert [body["model"] for body in service.bodies] == ([] if spared else ["j"])
+    assert found[0] == 0.7 if not spared else isinstance(found[0], ConnectionError)
 
 
 def test_when_to_ask_again_is_given_in_seconds_or_as_a_date():

@@ -2,7 +2,6 @@
 
 import json
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 
 from rewards.model import Classifier
 from rollout.dialogues import pairs
+from tests import forks
 from tests.conftest import ROOT, environment
 
 GOOD, BAD = ("sorry", "kind", "please", "help", "careful"), ("kill", "steal", "stupid", "hate", "poison")
@@ -31,7 +31,7 @@ def folder(tmp_path_factory) -> Path:
 def run(module: str, *arguments: str) -> str:
     """Standard output of one of our modules."""
     command = [sys.executable, "-m", module, *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=400)
+    done = forks.run(command, cwd=ROOT, env=environment(1), timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

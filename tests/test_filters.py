@@ -11,7 +11,7 @@ from align.load import ConfigError, load_config
 from align.selftrain.filters import best_of_group, in_majority, passing, reader_of
 from align.selftrain.sources import load_trusted
 from align.selftrain.tilt import TiltError
-from align.selftrain.weigh import Material, weigh
+from align.selftrain.weigh import Material, weigh, weigh_prompts
 from rewards.types import Missing, Objective
 from tests.conftest import ROOT
 
@@ -117,6 +117,30 @@ def test_a_missing_value_is_not_guessed():
         weigh(section, hole, 1, 0)
 
 
+def test_multipliers_go_on_from_where_they_were():
+    # d + 0.5 (loss - 2): 1 - 0.5, 3, 0 + 0.5, 2 + 1, with mean 7 / 4.
+    section = SelftrainConfig(weights=[{"type": "feasible", "threshold": 2, "rate": 0.5}])
+    found = weigh(section, material(duals_n=np.array([1.0, 3, 0, 2])), 1, 0).values_n
+    assert found == pytest.approx(np.array([0.5, 3, 0.5, 3]) / 1.75)
+
+
+def test_a_tilt_is_fitted_to_all_and_some_are_weighed():
+    # A quarter is 1 and shall be a half: weights 2 and 2/3 of all eight; the two that are weighed keep their ratio of 3.
+    pool = material(raw_MK=np.array([[1.0, 0], *[[0, 0]] * 3] * 2), places_n=np.array([4, 5]), duals_n=np.ones(2))
+    section = SelftrainConfig(weights=[{"type": "tilt", "means": {"right": 0.5}}])
+    assert weigh(section, pool, 1, 0).values_n == pytest.approx([1.5, 0.5], rel=1e-5)
+
+
+def test_weights_of_prompts_by_hand():
+    entropies = np.array([0.0, 1, 1, 2])
+    section = SelftrainConfig(prompts=["entropy"], cap=1.5)
+    assert weigh_prompts(section, entropies, 0).values_n == pytest.approx([0, 1.25, 1.25, 1.5])
+    assert weigh_prompts(SelftrainConfig(prompts=["uniform"]), entropies, 0).values_n == pytest.approx([1] * 4)
+    dealt = [tuple(weigh_prompts(SelftrainConfig(prompts=["entropy", "shuffled"]), entropies, s).values_n) for s in range(9)]
+    assert len(set(dealt)) > 3
+    assert {tuple(sorted(values)) for values in dealt} == {(0, 1, 1, 2)}
+
+
 # --- what cannot be run -------------------------------------------------------------------------------------------------
 
 
@@ -167,6 +191,8 @@ def test_answers_need_a_reward_that_reads_them():
         ("--selftrain.weights={type: tilt, means: {short: 1}}", "selftrain.weights[0].means: unknown objective 'short'"),
         ("--rounds=null", "selftrain: nothing here trains on the policy's samples"),
         ("--selftrain=null", "selftrain is missing"),
+        ("--selftrain.term={samples: 8}", "selftrain.term: rounds have no updates by advantages that it could act on"),
+        ("--selftrain.prompts=entropy", "selftrain.prompts: rounds have no updates by advantages"),
     ],
 )
 def test_what_contradicts_itself(override, sentence):

@@ -17,7 +17,7 @@ from rewards.component import load_component
 from rewards.pooling import fill
 from rewards.types import Missing, Objective
 from rollout.types import FinishReason, Prompt, Sample, SampleGroup
-from tests.conftest import ROOT
+from tests.conftest import ROOT, START
 from tests.test_remote_rewards import group, running
 
 KEY = "a very secret key"
@@ -365,7 +365,7 @@ def test_vllm_reads_the_requests_as_they_are_meant():
         value = 1.0 if way.get("route") == "/score" else [1.0]
         _, server = score(lambda given, value=value: value, group("a", "b"), request={"truncate_prompt_tokens": -1}, **way)
         bodies.append((way.get("route", "/classify"), server.bodies[0]))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_NO_USAGE_STATS": "1"}
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{START}", "VLLM_NO_USAGE_STATS": "1"}
     command = [sys.executable, "-c", CHECK]
     done = subprocess.run(command, input=json.dumps(bodies), env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

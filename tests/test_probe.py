@@ -1,7 +1,6 @@
 """The gradient probe in training: against plain autograd, over several processes, on resuming, and what is refused."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -15,8 +14,8 @@ from align.load import load_config
 from align.probe import OBJECTIVE_ADVANTAGES, Probe
 from align.probe_features import Matrix, Norm
 from align.step import advantages_alone
-from tests import probe_run
-from tests.conftest import QUICKSTART, ROOT, command, environment, overrides, read_lines
+from tests import forks, probe_run
+from tests.conftest import QUICKSTART, ROOT, environment, overrides, read_lines, torchrun
 from tests.test_train import ZERO
 
 EXACT = "--weighting={type: gradient, probe: {features: exact}}"
@@ -181,7 +180,7 @@ def of_one_process(tmp_path_factory) -> list[list[list[float]]]:
 @pytest.mark.parametrize("sharding", ["DDP", "ZeRO-2", "ZeRO-3"])
 def test_two_processes_have_the_gram_matrix_of_one(of_one_process, tmp_path, sharding):
     out, env = str(tmp_path / "grams"), environment(2)
-    arguments = command("tests.probe_run", out, processes=2)
+    arguments = torchrun("tests.probe_run", out, processes=2)
     if sharding != "DDP":
         pytest.importorskip("deepspeed")
         file = tmp_path / "zero.yaml"
@@ -197,7 +196,7 @@ def test_two_processes_have_the_gram_matrix_of_one(of_one_process, tmp_path, sha
             "tests.probe_run",
             out,
         ]
-    result = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+    result = forks.run(arguments, cwd=ROOT, env=env, timeout=280)
     assert result.stdout.count("probes done") == 2, result.stderr
     first, second = (json.loads((tmp_path / f"grams.{rank}").read_text()) for rank in (0, 1))
     assert first == second  # to the last bit: the weights made of them must not differ

@@ -169,7 +169,18 @@ def test_a_wrong_key_is_said_when_asked_for(monkeypatch):
         load_component("remote", {"url": url, "objective": "right"}, [], {}).ready()
         monkeypatch.setenv("PARETUNE_REWARDS_KEY", "another")
         component = load_component("remote", {"url": url, "objective": "right"}, [], {})
-        with pytest.raises(ValueError, match=f"^{url} has another key"):
+        with pytest.raises(ValueError, match=f"^the service at {url} refuses the key of PARETUNE_REWARDS_KEY$"):
+            component.ready()
+        component = load_component("judge", {"url": url, **JUDGE}, [], {})
+        with pytest.raises(ValueError, match=f"^the service at {url} wants a key: give key_variable$"):
+            component.ready()
+
+
+def test_a_wrong_name_is_said_when_asked_for(monkeypatch):
+    monkeypatch.setenv("PARETUNE_REWARDS_KEY", KEY)
+    with running(served(right=bus_of("numeric_answer", ["answer"]))) as url:
+        component = load_component("remote", {"url": url, "objective": "rihgt"}, [], {})
+        with pytest.raises(ValueError, match=f"^{url} has no objective 'rihgt'; there are right$"):
             component.ready()
 
 

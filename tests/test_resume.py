@@ -16,16 +16,26 @@ import torch
 from align.checkpoint import complete_checkpoints
 from align.load import load_config
 from align.runfolder import Run, resume_command
+from tests import forks
 from tests.conftest import QUICKSTART, ROOT, command, environment, overrides, read_lines
 
 RUN = ("--steps=8", "--checkpoint.every=3", "--evaluation.every=3", "--checkpoint.keep=1")
-MID_BATCH = (*RUN, "--learner.updates_per_batch=2", "--learner.iterations_per_batch=2", "--learner.micro_batch_size=4")
+MID_BATCH = (
+    *RUN, "--learner.updates_per_batch=2", "--learner.iterations_per_batch=2", "--learner.micro_batch_size=4",
+    "--selftrain={filter: {at_least: {accuracy: 1}}, weights: [entropy, {type: feasible, threshold: .3}, {type: loss}], "
+    "prompts: [entropy, shuffled], pool: {per_prompt: 1, size: 9}, term: {samples: 4}}",
+)  # fmt: skip
 LAST = "{step: 6, weights: {accuracy: 0, brevity: 1, clarity: 0}}"
 KL = (*RUN, "--trl.beta=0.05", "--weighting.type=schedule", f"--weighting.milestones=[{LAST}]")
 
 
+def starter(processes: int) -> type[subprocess.Popen]:
+    """Several processes are started by the launchers that users have, and one without importing."""
+    return forks.Fork if processes == 1 else subprocess.Popen
+
+
 def start(folder: Path, *more: str, processes: int = 1) -> subprocess.Popen:
-    return subprocess.Popen(
+    return starter(processes)(
         command("align.train", *overrides(folder, *more), processes=processes),
         cwd=ROOT, env=environment(processes), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
@@ -48,6 +58,8 @@ def kill_at(process: subprocess.Popen, folder: Path, step: int) -> None:
 
 
 def resume(folder: Path, processes: int) -> subprocess.CompletedProcess:
+    if processes == 1:
+        return forks.run(command("align.train", "--resume", str(folder)), cwd=ROOT, env=environment(1), timeout=240)
     return subprocess.run(
         command("align.train", "--resume", str(folder), processes=processes),
         cwd=ROOT, env=environment(processes), capture_output=True, text=True, timeout=240,
@@ -60,7 +72,8 @@ def assert_equal(a: Path, b: Path) -> None:
     assert files
     last = complete_checkpoints(a / "checkpoints")[-1][1].relative_to(a)
     state = [last / name for name in ("model.safetensors", "scheduler.pt", "trainer_state.json", "paretune.json")]
-    for file in [*files, Path("metrics.jsonl"), Path("archive.jsonl"), *state]:
+    pool = [Path("pool.jsonl")] if (a / "pool.jsonl").exists() else []
+    for file in [*files, *pool, Path("metrics.jsonl"), Path("archive.jsonl"), *state]:
         assert (a / file).read_bytes() == (b / file).read_bytes(), f"{file} differs"
     ours, theirs = (torch.load(folder / last / "optimizer.pt", weights_only=True)["state"] for folder in (a, b))
     assert all(torch.equal(ours[i][key], theirs[i][key]) for i in ours for key in ours[i])
@@ -91,7 +104,9 @@ def test_killed_at_a_step(tmp_path, straight, step):
     assert_equal(straight(RUN, 1), folder)
 
 
-@pytest.mark.parametrize("more", [MID_BATCH, KL], ids=["in the middle of a batch", "with a reference and a schedule"])
+@pytest.mark.parametrize(
+    "more", [MID_BATCH, KL], ids=["in the middle of a batch, self-training", "with a reference and a schedule"]
+)
 def test_killed_in_other_settings(tmp_path, straight, more):
     folder = tmp_path / "run"
     kill_at(start(folder, *more), folder, 5)
@@ -130,7 +145,7 @@ def test_a_checkpoint_cut_off_by_the_kill_is_passed_over(tmp_path, straight, old
 )
 def test_who_is_stopped_saves_says_how_to_go_on_and_loses_nothing(tmp_path, straight, processes, number):
     folder = tmp_path / "it's a run"  # what is said can be pasted all the same
-    process = subprocess.Popen(
+    process = starter(processes)(
         command("align.train", *overrides(folder, *RUN), processes=processes), cwd=ROOT, env=environment(processes),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
@@ -179,10 +194,8 @@ def test_a_complete_run_says_so(straight):
 
 def test_what_cannot_be_resumed_is_refused(tmp_path, straight):
     folder = straight(RUN, 1)
-    other = subprocess.run(
-        command("align.train", *overrides(folder, *RUN, "--seed=1"), "--resume", str(folder)),
-        cwd=ROOT, env=environment(1), capture_output=True, text=True,
-    )  # fmt: skip
+    arguments = command("align.train", *overrides(folder, *RUN, "--seed=1"), "--resume", str(folder))
+    other = forks.run(arguments, cwd=ROOT, env=environment(1), timeout=240)
     assert other.returncode == 2
     assert "was started with another configuration (differs in seed)" in other.stderr
 
@@ -202,9 +215,7 @@ def test_what_cannot_be_resumed_is_refused(tmp_path, straight):
 def test_a_run_folder_is_never_overwritten(straight):
     folder = straight(RUN, 1)
     before = read_lines(folder / "metrics.jsonl")
-    again = subprocess.run(
-        command("align.train", *overrides(folder, *RUN)), cwd=ROOT, env=environment(1), capture_output=True, text=True
-    )
+    again = forks.run(command("align.train", *overrides(folder, *RUN)), cwd=ROOT, env=environment(1), timeout=240)
     assert again.returncode == 2
     assert f"{folder} already holds a run. Go on with it by --resume {folder}" in again.stderr
     assert read_lines(folder / "metrics.jsonl") == before

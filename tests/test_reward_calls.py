@@ -103,6 +103,19 @@ def test_a_process_that_dies_costs_its_own_sample(make_bus):
     assert "its process died" in matrix.errors[1, 0]
 
 
+@pytest.mark.parametrize(
+    ("reward", "rules"),
+    [("leaves", {}), ("leaves", THREADS), ("leaves", PROCESS), ("leaves_elsewhere", {"retries": 0})],
+    ids=["inline", "thread", "process", "async"],
+)
+def test_who_ends_the_program_has_no_value_and_ends_nothing(make_bus, reward, rules):
+    bus = make_bus(**{reward: rules})
+    for _ in range(2):  # the event loop is still there
+        matrix = bus.score([group("a", "leave", "b")])
+        assert matrix.missing_NK[:, 0].tolist() == [False, True, False]
+        assert matrix.errors[1, 0].startswith("RuntimeError: it raised SystemExit (3) (odd_rewards.py:")
+
+
 def test_an_error_that_cannot_travel_costs_its_own_sample(make_bus):
     matrix = make_bus(raises=PROCESS).score([group("a", "raise", "b")])
     assert matrix.missing_NK[:, 0].tolist() == [False, True, False]

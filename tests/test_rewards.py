@@ -171,6 +171,10 @@ def in_trl_form(prompts, completions, completion_ids, answer, **kwargs):
     return [float(len(c) == a) for c, a in zip(completions, answer, strict=True)]
 
 
+def how_many_have_it(completions, extra, **kwargs):
+    return [float(sum(value is not None for value in extra))] * len(completions)
+
+
 def one_short(prompts, completions, **kwargs):
     return [0.0] * (len(completions) - 1)
 
@@ -190,6 +194,11 @@ def misbehaving(text: str):
 def test_a_trl_reward_works_as_it_is():
     component = load_component("tests.test_rewards:in_trl_form", {}, ["answer"], {})
     assert scored(component, [group("ab", "c", answer=2), group("d", answer=1)]) == [1.0, 0.0, 1.0]
+
+
+def test_a_field_that_a_row_has_not_is_none_in_trl_form():
+    component = load_component("tests.test_rewards:how_many_have_it", {}, [], {})
+    assert scored(component, [group("a"), group("b", extra=1), group("c", extra=2)]) == [2.0, 2.0, 2.0]
 
 
 def test_a_class_is_made_with_its_args():

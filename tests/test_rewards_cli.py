@@ -13,13 +13,14 @@ import urllib.request
 
 import pytest
 
+from tests import forks
 from tests.conftest import FIXED, QUICKSTART, ROOT, environment, overrides, read_lines
 
 PARETUNE = [sys.executable, "-m", "align.cli", "rewards"]
 
 
 def rewards(*arguments: str, cwd=ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run([*PARETUNE, *arguments], cwd=cwd, env=environment(1), capture_output=True, text=True, timeout=60)
+    return forks.run([*PARETUNE, *arguments], cwd=cwd, env=environment(1), timeout=60)
 
 
 def test_texts_are_scored_on_the_first_training_prompt(tmp_path):

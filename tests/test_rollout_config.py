@@ -1,10 +1,14 @@
 """Keys of the rollout: defaults that follow the engine, contradictions, and what a resumed run may change."""
 
+import argparse
+from dataclasses import asdict
+
 import pytest
 
 from align.advice import advise
+from align.cli_worker import add_worker_arguments
 from align.config import describe_sampling
-from align.engine import check_engine
+from align.engine import check_engine, server_options
 from align.load import ConfigError, load_config
 from tests.conftest import QUICKSTART
 
@@ -125,3 +129,12 @@ def test_sampling_in_a_line(overrides, words):
 def test_a_key_of_another_type_says_whose_it_is():
     with pytest.raises(ConfigError, match=r"unknown key 'workers'; .* \('workers' belongs to type vllm\)"):
         config("engine.workers=2")
+
+
+def test_a_worker_has_the_defaults_of_a_server_that_a_run_starts():
+    parser = argparse.ArgumentParser()
+    add_worker_arguments(parser)
+    worker = vars(parser.parse_args(["builtin:arithmetic"]))
+    started = asdict(server_options(config("engine=vllm"), "builtin:arithmetic", context=0))
+    del started["revision"], started["args"]  # a run names them in its configuration
+    assert {name: worker[name] for name in started} == started

@@ -6,7 +6,7 @@ import torch
 
 from align.config.rollout import CorrectionConfig, VerifyConfig
 from align.correction import correction_metrics, correction_sums
-from align.rollouts import band_of, canaries
+from align.push import band_of, canaries
 from rollout.sampler import Check, Gap, RolloutError
 from rollout.types import FinishReason, Prompt, Sample, SampleGroup
 from tests.conftest import read_lines

@@ -39,12 +39,12 @@ def make_sampler(policy, batch_size: int = 256) -> LocalSampler:
     return LocalSampler(lend, tokenizer, [tokenizer.eos_token_id], batch_size)
 
 
-def vllm_sampler(workers, tokenizer, timeout: float = 60.0) -> VllmSampler:
-    servers = [Server(url, workers.key, timeout) for url in workers.urls]
+def vllm_sampler(workers, tokenizer, concurrent: int = 64) -> VllmSampler:
+    servers = [Server(url, workers.key, 60.0) for url in workers.urls]
     for server in servers:
         server.carry("test-0")
     decode = partial(tokenizer.batch_decode, skip_special_tokens=True)
-    return VllmSampler(servers, Follower(), decode, [tokenizer.eos_token_id], Limits(64, 30.0), "test")
+    return VllmSampler(servers, Follower(), decode, [tokenizer.eos_token_id], Limits(concurrent, 30.0), "test")
 
 
 def prompts_of(policy, *texts: str) -> list[Prompt]:
@@ -153,6 +153,7 @@ SETTINGS = [
     {"temperature": 1.3, "top_k": 5},
     {"top_p": 0.8},
     {"temperature": 0.9, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+    {"temperature": 1.5, "top_p": 0.7, "min_p": 0.2},  # the order of the two matters
     {"repetition_penalty": 1.3},
 ]
 
@@ -173,19 +174,17 @@ def test_log_probs_are_those_of_the_distribution_that_was_sampled_from(policy, s
 
 
 def by_hand(logits, seen, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0):
-    """Log-probabilities of the next token: penalty, temperature, the k likeliest, the nucleus, the floor."""
+    """Log-probabilities of the next token: penalty, temperature, the floor, the k likeliest, the nucleus."""
     logits = logits.clone()
     for token in set(seen):
         logits[token] *= repetition_penalty if logits[token] < 0 else 1 / repetition_penalty
-    probabilities = (logits / temperature).softmax(-1)
-    order = probabilities.argsort(descending=True)
-    keep = set(order[:top_k].tolist()) if top_k else set(order.tolist())
-    kept = torch.tensor([p if i in keep else 0.0 for i, p in enumerate(probabilities.tolist())]).double()
+    kept = (logits / temperature).softmax(-1)
+    kept[kept < min_p * kept.max()] = 0.0
+    order = kept.argsort(descending=True)
+    kept[order[top_k or len(order) :]] = 0.0
     kept /= kept.sum()
     before = kept[order].cumsum(0) - kept[order]  # mass of the likelier ones
     kept[order[before >= top_p]] = 0.0
-    kept /= kept.sum()
-    kept[kept < min_p * kept.max()] = 0.0
     return (kept / kept.sum()).log()
 
 
@@ -196,8 +195,8 @@ def test_asking_for_log_probs_changes_no_sample(policy):
         assert [s.token_ids for g in plain for s in g.samples] == [s.token_ids for g in asked for s in g.samples]
 
 
-def test_with_vllm_places_decide_on_samples_not_processes(policy, vllm_workers):
-    """Four prompts by one process, or by two in blocks, or dealt out one by one: the same samples."""
+def test_with_vllm_places_decide_on_samples_not_processes_nor_requests(policy, vllm_workers, monkeypatch):
+    """Four prompts by one process, or by two in blocks, or dealt out one by one, or in fewer requests: the same samples."""
     sampler = vllm_sampler(vllm_workers, policy[1])
     prompts = prompts_of(policy, "7+5-3=?", "9-4+4=?", "1+2+3=?", "8-7=?")
     whole = sampler.sample(prompts, params())
@@ -206,3 +205,15 @@ def test_with_vllm_places_decide_on_samples_not_processes(policy, vllm_workers):
     assert blocks == whole
     assert [even[0], odd[0], even[1], odd[1]] == whole
     assert len({tuple(s.token_ids for s in g.samples) for g in sampler.sample([prompts[0]] * 4, params())}) > 1
+    monkeypatch.setattr("rollout.vllm.REQUESTS", 1)
+    together = vllm_sampler(vllm_workers, policy[1], concurrent=2)  # less than the three samples of a request
+    assert [request["n"] for request in together._requests(prompts, params())] == [3, 3, 3, 3]
+    assert together.sample(prompts, params()) == whole
+
+
+def test_with_vllm_greedy_samples_are_made_once(policy, vllm_workers):
+    sampler, greedy = vllm_sampler(vllm_workers, policy[1]), params(temperature=0.0)
+    prompts = prompts_of(policy, "7+5-3=?", "8-7=?")
+    assert len(sampler._requests(prompts, greedy)) == 2
+    for group in sampler.sample(prompts, greedy):
+        assert group.samples == (group.samples[0],) * 3

@@ -10,7 +10,8 @@ import pytest
 
 from align.missing import MissingRewardError, failing, refuse_missing
 from rewards.types import Missing, Objective, RewardMatrix
-from tests.conftest import FIXED, command, environment, overrides, read_lines
+from tests import forks
+from tests.conftest import FIXED, command, environment, overrides, read_lines, torchrun
 
 JUDGE = """
 import os, pathlib
@@ -91,14 +92,8 @@ def train(folder: Path, name: str, down: tuple[int, int], *arguments: str, rank:
     """Train with a judge that is down for some of its attempts."""
     prepare(folder, down, rank)
     arguments = arguments or overrides(folder / name, FIXED, *SETTINGS)
-    return subprocess.run(
-        command("align.train", *arguments, processes=processes),
-        cwd=folder,
-        env=environment(processes),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    words = torchrun("align.train", *arguments, processes=processes)
+    return forks.run(words, cwd=folder, env=environment(processes), timeout=240)
 
 
 def learned(folder: Path) -> list[dict]:
@@ -152,11 +147,39 @@ def test_processes_wait_together_for_the_judge_of_one(tmp_path):
     assert len(learned(tmp_path / "away")) == 4
 
 
+FATAL = """
+import os
+calls = 0
+
+def fatal(token_ids):
+    global calls
+    calls += 1
+    if calls > 16 and os.environ["RANK"] == "1":
+        os._exit(3)
+    return len(token_ids) / 32
+"""
+
+
+def test_a_process_that_a_reward_ends_leaves_no_other_waiting(tmp_path):
+    """In the third batch: each process scores 8 samples of one."""
+    (tmp_path / "my_rewards.py").write_text(FATAL, encoding="utf-8")
+    changes = ('--objectives.brevity={reward: "my_rewards:fatal"}', "--evaluation.every=0", "--checkpoint.every=1")
+    result = subprocess.run(
+        command("align.train", *overrides(tmp_path / "run", FIXED, *changes), processes=2),
+        cwd=tmp_path,
+        env=environment(2),
+        capture_output=True,
+        timeout=200,  # not that of a collective operation, which is longer
+    )
+    assert result.returncode != 0
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-2").is_dir()
+
+
 def test_who_is_asked_to_stop_does_not_wait_on(tmp_path):
     """The checkpoint is there already."""
     prepare(tmp_path, (37, 10**6))
     arguments = overrides(tmp_path / "away", FIXED, *SETTINGS, "--scoring={pause: 300, pauses: 9}")
-    with subprocess.Popen(
+    with forks.Fork(
         command("align.train", *arguments),
         cwd=tmp_path,
         env=environment(1),

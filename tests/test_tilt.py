@@ -185,6 +185,7 @@ def test_samples_that_do_not_count_do_not():
     tilt = fit_tilt(features, WANTED, log_weights)
     assert tilt.coefficients_F == pytest.approx(fit_tilt(FEATURES, WANTED, np.log(GIVEN)).coefficients_F)
     assert tilt.weights_N[-2:].tolist() == [0, 0]
+    assert tilt.ess == pytest.approx(effective_share(tilt.weights_N))
     assert tilt.weights_N.mean() == pytest.approx(1)
 
 
@@ -213,6 +214,12 @@ def test_a_rare_feature_shows_in_the_effective_sample_size():
     rare = np.zeros((1000, 1))
     rare[:3] = 1
     assert fit_tilt(rare, [0.5]).ess == pytest.approx(1 / (1000 * (3 / 6**2 + 997 / 1994**2)))  # weights 1/6 and 1/1994
+
+
+def test_weights_that_are_worlds_apart_at_first():
+    tilt = fit_tilt([[0.0], [1.0]], [0.5], [0.0, -600.0])  # no curvature to speak of where the climb begins
+    assert tilt.coefficients_F == pytest.approx([600.0])
+    assert tilt.divergence == pytest.approx(300 - math.log(2))  # 1/2 ln(1/2) + 1/2 (ln(1/2) + 600)
 
 
 def test_features_of_any_unit_far_from_0():

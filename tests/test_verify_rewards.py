@@ -358,8 +358,9 @@ def test_an_answer_that_cannot_be_compared_with_is_an_error(text, answer):
         math_answer(text, answer)
 
 
-READABLE = ["(1,2)", "\\{1,2\\}", "x \\in (1,2)", "3 < x", "50\\%", "-\\infty", "[1,2]\\cup[3,4]", "\\text{Evelyn}", "x=2, y=3",
-            "\\begin{pmatrix}1\\\\2\\end{pmatrix}", "90^\\circ", "A or B", "\\emptyset", "10\\text{ cm}", "\\pm 3"]  # fmt: skip
+READABLE = ["(1,2)", "\\{1,2\\}", "x \\in (1,2)", "3 < x", "50\\%", "-\\infty", "[1,2]\\cup[3,4]", "\\text{Evelyn}",
+            "x=2, y=3", "\\begin{pmatrix}1\\\\2\\end{pmatrix}", "90^\\circ", "A or B", "\\emptyset",
+            "10\\text{ cm}", "\\pm 3"]  # fmt: skip
 
 
 @pytest.mark.parametrize("answer", READABLE)

@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -158,6 +159,15 @@ def test_norms_embeddings_and_fused_layers_are_named_too(sampler, changed):
     assert set(sampler.differing()) == {f"model.layers.0.self_attn.{part}_proj.weight" for part in "qkv"}
 
 
+def test_weights_of_another_size_are_refused_long_before_patience_ends(sampler, original):
+    wider = ((name, torch.cat([weight, weight])) for name, weight in weights_of(original))
+    start = time.monotonic()
+    with pytest.raises(RolloutError, match="do not fit the LlamaForCausalLM that this server was started with"):
+        sampler.sync(wider, 1, check_by(original))
+    assert time.monotonic() - start < 30  # of 60
+    assert sampler.sync(weights_of(original), 2, check_by(original)).max < 1e-4  # it takes what fits
+
+
 @pytest.mark.parametrize("fault", ["missing", "cut off", "empty"])
 def test_a_set_that_cannot_be_read_leaves_the_server_as_it_was(sampler, original, fault):
     sampler.sync(weights_of(original), 1, check_by(original))
@@ -292,31 +302,31 @@ def test_a_worker_that_dies_or_hangs_costs_no_sample(two, tmp_path, tokenizer, c
     sampler.close()
 
 
-def test_when_all_are_gone_it_says_so_in_time(tmp_path, tokenizer, original, capsys):
+def test_when_all_are_gone_it_says_so_in_time(two, tmp_path, tokenizer, original, capsys):
     """At once when none may be started again; after some patience when somebody else might start one."""
     params = SamplingParams(samples_per_prompt=8, max_tokens=100, seed=0)
 
     def refuse(index: int, hangs: bool) -> None:
         raise RolloutError("no more restarts")
 
-    with serve(MODEL, tmp_path / "logs") as workers:
-        final = sampler_on(workers, tmp_path / "a", tokenizer, refuse, patience=300.0)
-        final.sync(weights_of(original), 1, check_by(original))
-        timer = threading.Timer(0.5, lambda: workers.kill(0))
-        timer.start()
-        start = time.monotonic()
-        with pytest.raises(RolloutError, match="no vLLM server is left: no more restarts"):
-            final.sample(prompts(tokenizer, 500), params)
-        assert time.monotonic() - start < 60
-        final.close()
-        patient = sampler_on(workers, tmp_path / "b", tokenizer, patience=3.0)
-        gone = f"{workers.urls[0]}: Connection refused; start it again$"
-        with pytest.raises(RolloutError, match=f"no vLLM server took the weights: {gone}"):
-            patient.sync(weights_of(original), 1, check_by(original))
-        with pytest.raises(RolloutError, match=f"no vLLM server could be used for 3 s: {gone}"):
-            patient.sample(prompts(tokenizer, 2), params)
-        patient.close()
-        assert f"vLLM server {gone[:-1]}" in capsys.readouterr().out  # as soon as the watch has seen it
+    workers = SimpleNamespace(urls=two.urls[:1], key=two.key)
+    final = sampler_on(workers, tmp_path / "a", tokenizer, refuse, patience=300.0)
+    final.sync(weights_of(original), 1, check_by(original))
+    timer = threading.Timer(0.5, lambda: two.kill(0))
+    timer.start()
+    start = time.monotonic()
+    with pytest.raises(RolloutError, match="no vLLM server is left: no more restarts"):
+        final.sample(prompts(tokenizer, 500), params)
+    assert time.monotonic() - start < 60
+    final.close()
+    patient = sampler_on(workers, tmp_path / "b", tokenizer, patience=3.0)
+    gone = f"{workers.urls[0]}: Connection refused; start it again$"
+    with pytest.raises(RolloutError, match=f"no vLLM server took the weights: {gone}"):
+        patient.sync(weights_of(original), 1, check_by(original))
+    with pytest.raises(RolloutError, match=f"no vLLM server could be used for 3 s: {gone}"):
+        patient.sample(prompts(tokenizer, 2), params)
+    patient.close()
+    assert f"vLLM server {gone[:-1]}" in capsys.readouterr().out  # as soon as the watch has seen it
 
 
 def test_a_batch_on_its_way_can_be_given_up(vllm_workers, tmp_path, tokenizer):

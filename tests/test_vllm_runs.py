@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import load_file
 
 from rollout.client import Server
+from tests import forks
 from tests.conftest import ROOT, command, environment, overrides, read_lines
 from tests.test_rounds import CONFIG as ROUNDS
 from tests.test_rounds import TINY
@@ -101,8 +102,13 @@ def samples_of(output: Path) -> list[dict]:
 
 def test_several_updates_of_a_batch_make_older_samples_still_bounded(launch, tmp_path, on_servers):
     more = ["--rollout.lookahead=1", "--learner.updates_per_batch=2", "--steps=6", "--checkpoint.every=6"]
+    more += ["--selftrain={filter: {at_least: {accuracy: 1}}, weights: [{type: loss}], term: {samples: 8}}"]
     succeeded(launch("align.train", *overrides(tmp_path / "run", *more, *on_servers)))
     assert [row["policy_age"] for row in rows(tmp_path / "run")[::2]] == [0, 2, 2]
+    passed = read_lines(tmp_path / "run" / "pool.jsonl")[1:]
+    assert {(row["step"], row["policy_version"]) for row in passed} == {(1, 0), (3, 0), (5, 2)}  # as old as their batch
+    assert all(row["log_prob"] < 0 for row in passed)  # what sampled them tells
+    assert all(row["selftrain/nll"] > 0 for row in rows(tmp_path / "run"))
 
 
 def test_sharded_and_plain_processes_follow_one_process(launch, tmp_path, on_servers):
@@ -110,11 +116,10 @@ def test_sharded_and_plain_processes_follow_one_process(launch, tmp_path, on_ser
     succeeded(launch("align.train", *overrides(tmp_path / "one", *on_servers)))
     succeeded(launch("align.train", *overrides(tmp_path / "ddp", *on_servers), processes=2))
     for stage in (2, 3):
-        result = subprocess.run(
+        result = forks.run(
             [*command("align.train", processes=2)[:3], "--config_file", sharded(stage, tmp_path), "-m", "align.train",
              *overrides(tmp_path / f"zero{stage}", *on_servers)],
-            cwd=ROOT, env={k: v for k, v in environment(2).items() if k != "ACCELERATE_USE_CPU"},
-            capture_output=True, text=True, timeout=280,
+            cwd=ROOT, env={k: v for k, v in environment(2).items() if k != "ACCELERATE_USE_CPU"}, timeout=280,
         )  # fmt: skip
         succeeded(result)
     reference = rows(tmp_path / "one")
@@ -157,6 +162,13 @@ def test_adapters_are_merged_on_their_way(launch, tmp_path, on_servers):
     trained = rows(tmp_path / "run")
     assert max(row["sync/gap_max"] for row in trained) < 1e-3
     assert trained[-1]["sampling/sampling_logp_difference/max"] < 1e-3
+    # `paretune eval` samples by the engine that trained, on the same seeds: what the run itself has found.
+    succeeded(launch("align.cli", "eval", str(tmp_path / "run"), "--checkpoints=2,4", f"--json={tmp_path / 'figures.json'}"))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    points = {point["step"]: point["values"] for point in read_lines(tmp_path / "run" / "archive.jsonl")}
+    for step in (2, 4):
+        assert figures[f"step {step}"]["values"] == pytest.approx(points[step], abs=0.02)  # one token may turn out otherwise
+    assert points[2] != points[4]
 
 
 def test_a_resumed_run_goes_on_with_the_same_data_weights_and_versions(launch, tmp_path, on_servers):
@@ -180,7 +192,8 @@ def test_a_resumed_run_goes_on_with_the_same_data_weights_and_versions(launch, t
 
 
 def start(output: Path, *more: str, processes: int = 1) -> subprocess.Popen:
-    return subprocess.Popen(
+    starter = forks.Fork if processes == 1 else subprocess.Popen
+    return starter(
         command("align.train", *overrides(output, *more), processes=processes),
         cwd=ROOT, env=environment(2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
@@ -207,18 +220,22 @@ def servers_of(output: Path) -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
-def test_a_trainer_that_is_stopped_leaves_nothing(tmp_path, number):
-    process = start(tmp_path / "run", VLLM, "--steps=2000", "--evaluation.every=0", "--checkpoint.every=1000")
+@pytest.mark.parametrize("how", ["killed", "interrupted twice", "two processes interrupted"])
+def test_a_trainer_that_is_stopped_leaves_nothing(tmp_path, how):
+    more = [VLLM, "--steps=2000", "--evaluation.every=0", "--checkpoint.every=1000"]
+    process = start(tmp_path / "run", *more, processes=2 if how.startswith("two") else 1)
     wait_for_rows(tmp_path / "run", 2, process)
     assert servers_of(tmp_path / "run")
-    if number == signal.SIGKILL:
+    if how == "killed":
         process.kill()
     else:
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    output = process.communicate(timeout=60)[0]
+    if how == "interrupted twice":  # at once, without a checkpoint
+        time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=100)[0]
     wait_until_nothing_is_left(tmp_path / "run")
-    if number == signal.SIGINT:
+    if how == "two processes interrupted":
         assert "go on with" in output
         assert list((tmp_path / "run" / "checkpoints").glob("checkpoint-*/paretune.json"))
 
@@ -309,7 +326,9 @@ def test_a_server_with_another_tokenizer_is_refused(launch, tmp_path, on_servers
     file.write_text(json.dumps(data), encoding="utf-8")
     result = launch("align.train", *overrides(tmp_path / "run", f"--policy.model={tmp_path / 'other'}", *on_servers))
     assert result.returncode == 2
-    assert "another tokenizer" in result.stderr
+    assert "another vocabulary" in result.stderr
+    assert "read '3456789" in result.stderr
+    assert "those here read '4356789" in result.stderr
     assert "Traceback" not in result.stderr
 
 

@@ -1,7 +1,6 @@
 """The policy's weights as a checkpoint has them: against what transformers and peft save, from one process and from two."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -12,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from align.weights import Piece, describe_weights, grouped, named_weights
-from tests import weights_run
+from tests import forks, weights_run
 from tests.conftest import ROOT, environment
 
 
@@ -180,7 +179,7 @@ def test_two_processes_gather_the_weights_that_one_would_have(tmp_path, kind, lo
     del env["ACCELERATE_USE_CPU"]  # it leaves no room for DeepSpeed
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{kind}.yaml"]
     arguments = ["--num_processes", "2", "--mixed_precision", "no", "-m", "tests.weights_run", out, kind] + ["lora"] * lora
-    result = subprocess.run([*launcher, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=200)
+    result = forks.run([*launcher, *arguments], cwd=ROOT, env=env, timeout=200)
     assert result.stdout.count("weights written") == 2, result.stderr
     expected = of_one_process(lora)
     assert_equal(load_file(f"{out}.safetensors"), expected, 1e-6)

@@ -333,7 +333,7 @@ def test_paretune_worker_serves_with_a_key_and_takes_its_server_along(stand_in, 
 def test_paretune_worker_names_this_machine_and_no_key_of_the_users(stand_in, monkeypatch):
     monkeypatch.setenv("PARETUNE_VLLM_KEY", "the-users-own")
     port = _free_port()
-    with _paretune_worker(stand_in, "--port", str(port), "--host", "0.0.0.0", "--transfer", "nccl") as worker:
+    with _paretune_worker(stand_in, "--port", str(port), "--host", "0.0.0.0", "--sync", "transfer") as worker:
         told = worker.stdout.readline() + worker.stdout.readline()
         worker.terminate()
         told += worker.stdout.read()

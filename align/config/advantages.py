@@ -2,9 +2,9 @@
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, FiniteFloat
+from pydantic import BeforeValidator, Field, FiniteFloat, PositiveInt
 
-from align.config.base import Section, as_section
+from align.config.base import Name, Section, as_section
 
 
 class GrpoEstimator(Section):
@@ -29,11 +29,45 @@ class ReinforceEstimator(Section):
     """Divide by the standard deviation of the batch (REINFORCE++)."""
 
 
-_Estimators = GrpoEstimator | RlooEstimator | ReinforceEstimator
+class FitConfig(Section):
+    """Samples of the first policy from which the tilt to the moments is fitted, before the first update."""
+
+    prompts: PositiveInt = 128
+    """Training prompts that are sampled; more of them where the moments differ much from prompt to prompt."""
+    samples_per_prompt: int = Field(32, ge=2)
+    """Of each; the tilt comes out too strong by a part of the order of one over this number."""
+    tolerance: float = Field(0.01, gt=0, lt=1)
+    """Largest gap between a wanted and a fitted moment, as a share of the range of the values."""
+
+
+class DpgEstimator(Section):
+    """Towards the distribution with given moments that is nearest to the first policy (distributional policy gradient)."""
+
+    type: Literal["dpg"]
+    moments: dict[Name, FiniteFloat] = {}
+    """Wanted mean of an objective over the policy's samples, in its units; of any objective, its weight does not matter."""
+    always: list[Name] = []
+    """Objectives that must hold in every sample: of two values, of which the better one holds."""
+    fit: FitConfig = FitConfig()
+    normaliser: Literal["prompt", "batch"] = "prompt"
+    """Z of each prompt from its own group, so that all prompts count alike; or one Z, from the last batches."""
+    window: PositiveInt = 32
+    """Batches of which the batch normaliser is made."""
+    baseline: bool = True
+    """Subtract pi/q, which changes the variance alone."""
+    cap: FiniteFloat = Field(10.0, ge=1)
+    """Largest weight P/(Zq) of a sample; smaller is steadier, and biased towards what is sampled already."""
+    proposal: Literal["newest", "adaptive"] = "newest"
+    """Sample from the policy as it is, or from an earlier one until the policy has come nearer to the target."""
+    every: PositiveInt = 10
+    """Updates between two looks whether it has (`proposal: adaptive`)."""
+
+
+_Estimators = GrpoEstimator | RlooEstimator | ReinforceEstimator | DpgEstimator
 EstimatorConfig = Annotated[
     _Estimators,
     Field(discriminator="type"),
-    BeforeValidator(as_section, json_schema_input_type=Literal["grpo", "rloo", "reinforce"] | _Estimators),
+    BeforeValidator(as_section, json_schema_input_type=Literal["grpo", "rloo", "reinforce", "dpg"] | _Estimators),
 ]
 
 

@@ -28,12 +28,13 @@ class Section(BaseModel):
 
 
 class Signal(StrEnum):
-    """What a scheme may ask for besides the rewards of the batch; the loop pays only for what is asked."""
+    """What a step may look at besides the rewards of the batch; the loop pays only for what is asked."""
 
     VALIDATION = "validation"  # (M, K) held-out vectors so far, oldest first, in [0, 1], larger is better, NaN without value
     ADVANTAGES = "advantages"  # (P, G) what the weights still in force make of the batch
     GRAM = "gram"  # (K, K) inner products of the objectives' policy gradients
     KL = "kl"  # (P, G) log-ratio to the reference policy, summed over a sample's tokens, nats
+    LOG_PROBS = "log_probs"  # (3, P, G) of the samples under policy, sampler and reference, nats; for `estimator: dpg`
 
 
 class Weighting(Section):

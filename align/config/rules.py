@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from align.config.base import unknown_name
+from align.config.dpg_rules import dpg_problems
 from align.config.lagrangian_rules import lagrangian_problems, posed
 from align.config.probe_rules import probe_problems
 from align.config.rollout_rules import rollout_problems
@@ -22,6 +23,7 @@ def contradictions(config: Keys) -> list[str]:
         *rollout_problems(config),
         *rounds_problems(config),
         *selftrain_problems(config),
+        *dpg_problems(config),
     ]
     if config.evaluation.every and config.prompts.evaluation is None:
         problems.append("prompts.evaluation is missing: name held-out prompts, or set evaluation.every to 0")
@@ -31,8 +33,11 @@ def contradictions(config: Keys) -> list[str]:
 
 
 def describe(config: Keys) -> str:
-    """The weighting of a run in one line."""
-    weighting = config.weighting
+    """The weighting of a run in one line, or the target that is trained towards in its place."""
+    weighting, estimator = config.weighting, config.estimator
+    if estimator.type == "dpg":
+        moments = [f"{name} {moment:g} on average" for name, moment in estimator.moments.items()]
+        return f"none: towards {', '.join([*moments, *(f'{name} always' for name in estimator.always)])}"
     if weighting.type == "lagrangian":
         problem = posed(config)
         held = [f"{name} {c.kind.replace('_', ' ')} {c.threshold}" for name, c in problem.constraints.items()]

@@ -27,6 +27,15 @@ class Config(Keys):
         made_for = [scheme.combination for scheme in schemes() if kind in get_args(scheme.model_fields["type"].annotation)]
         return {"combination": made_for[0]} | data if made_for else data
 
+    @model_validator(mode="before")
+    @classmethod
+    def _correction_of_estimator(cls, data: Any) -> Any:
+        """Where `rollout.correction` is left out, `dpg` has none: the sampler's probabilities are in its weights."""
+        estimator = as_section(data.get("estimator")) if isinstance(data, dict) else None
+        kind = estimator.get("type") if isinstance(estimator, dict) else getattr(estimator, "type", None)
+        rollout = data.get("rollout", {}) if kind == "dpg" else None
+        return data | {"rollout": {"correction": "none"} | rollout} if isinstance(rollout, dict) else data
+
     @model_validator(mode="after")
     def _keys_agree(self) -> "Config":
         problems = contradictions(self)

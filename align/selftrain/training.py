@@ -54,7 +54,7 @@ class SelfTraining:
         parts = self.parts
         self._selftrain: SelftrainConfig | None = parts.config.selftrain
         self._said: set[str] = set()
-        self._draw = Draw()
+        self._drawn = Draw()
         self._term_sums = torch.zeros(2)
         if self._learns_from_pool:
             seeds = [seed_entry(trusted, len(parts.rules.objectives)) for trusted in parts.sources.seeds]
@@ -129,7 +129,7 @@ class SelfTraining:
         inputs = super()._prepare_inputs(generation_batch)
         if self._learns_from_pool and self._pass_of_update == 0:
             start = time.perf_counter()
-            self._draw = self._draw_and_weigh()
+            self._drawn = self._draw_and_weigh()
             self._add_metrics({"time/selftrain": time.perf_counter() - start})
         return inputs
 
@@ -206,14 +206,14 @@ class SelfTraining:
         Losses of the passes are added up, and gradients of the processes averaged: hence the factor.
         """
         loss = super()._compute_loss(model, inputs)
-        if not len(self._draw.pairs):
+        if not len(self._drawn.pairs):
             return loss
         rows, real = self._share_of_pass()
-        tokens, mask, kept = self._padded([self._draw.pairs[row] for row in rows])
+        tokens, mask, kept = self._padded([self._drawn.pairs[row] for row in rows])
         with self.at_temperature_one():
             log_probs, *_ = self._get_per_token_logps_and_entropies(model, tokens, mask, kept.shape[1])
         nats_B = -(log_probs.float() * kept).sum(dim=1)
-        factors = np.stack([self._draw.factors_n[rows], self._draw.plain_n[rows]]) * real
+        factors = np.stack([self._drawn.factors_n[rows], self._drawn.plain_n[rows]]) * real
         terms = torch.tensor(factors, dtype=torch.float32, device=nats_B.device) @ nats_B
         self._keep_sums(terms.detach())
         return loss + self._selftrain.term.coefficient * self.accelerator.num_processes * terms[0]
@@ -221,7 +221,7 @@ class SelfTraining:
     def _share_of_pass(self) -> tuple[np.ndarray, np.ndarray]:
         """Which samples this process takes in this pass, and 1 or 0: every pass of every process takes as many, so that all
         go through the policy equally often, and those that are left over are filled up with some that do not count."""
-        count, processes = len(self._draw.pairs), self.accelerator.num_processes
+        count, processes = len(self._drawn.pairs), self.accelerator.num_processes
         passes = processes * self.args.gradient_accumulation_steps
         place = self._pass_of_update * processes + self.accelerator.process_index
         rows = np.arange(-(-count // passes)) * passes + place
@@ -231,7 +231,7 @@ class SelfTraining:
         """Add up, and log with the last pass of an update, what all processes together have learned from."""
         self._term_sums = terms if self._pass_of_update == 0 else self._term_sums + terms
         if self._pass_of_update == self.args.gradient_accumulation_steps - 1:
-            weighted, plain = reduce(self._term_sums).tolist()
+            weighted, plain = reduce(self._term_sums, "sum").tolist()
             self._add_metrics({"selftrain/term": weighted, "selftrain/nll": plain})
 
     # --- what is told -------------------------------------------------------------------------------------------------

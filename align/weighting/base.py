@@ -4,7 +4,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -39,6 +39,7 @@ class WeightState:
             and tables of numbers by objective, are logged.
         kl_weight: Weight of minus the log-ratio to the reference policy, beside those of the objectives.
         remarks: Sentences for the user; each is shown once.
+        control: What `estimator: dpg` remembers (`align.control.ControlState`, as JSON); empty under the others.
     """
 
     weights_K: tuple[float, ...]
@@ -46,6 +47,7 @@ class WeightState:
     memory: Mapping[str, Any]
     kl_weight: float = 0.0
     remarks: tuple[str, ...] = ()
+    control: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types; floats survive the round trip bit for bit."""
