@@ -6,7 +6,7 @@ open the run -> build what needs no weights -> for every round: sample, filter, 
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +76,8 @@ class Built:
     prompts: PromptSets
     bus: "RewardBus"
     plan: Plan
-    arguments: Any
+    options: Mapping[str, Any]
+    mixed_precision: str
     reader: "Reader | None"
     trusted: "dict[str, list[Pair]]"
 
@@ -96,7 +97,9 @@ def build(run: Run) -> Built:
     from align.selftrain.tuners import tuner_config  # imports TRL: seconds, so after what is quick to refuse
 
     options = tuner_arguments(config, plan, run.folder / "checkpoints")
-    return Built(model, tokenizer, prompts, bus, plan, tuner_config(config.rounds.method, options), reader, trusted)
+    tried = tuner_config(config.rounds.method, options)
+    precision = "bf16" if tried.bf16 else "fp16" if tried.fp16 else "no"
+    return Built(model, tokenizer, prompts, bus, plan, options, precision, reader, trusted)
 
 
 @contextmanager
@@ -123,8 +126,7 @@ def build_rounds(run: Run, built: Built) -> Iterator["Rounds"]:
         state.wait_for_everyone()  # everyone has read what the main process now cuts back
         files.resume(done if run.checkpoint else -1)
         archive.truncate(done if run.checkpoint else -1)
-    precision = "bf16" if built.arguments.bf16 else "fp16" if built.arguments.fp16 else "no"
-    policy = PolicyCopy(config, built.tokenizer, built.plan.micro_batch_size, precision)
+    policy = PolicyCopy(config, built.tokenizer, built.plan.micro_batch_size, built.mixed_precision)
     policy.load(run.checkpoint or built.model)
     engine = open_engine(config, built.prompts, built.tokenizer, built.model, run.folder)
     try:
@@ -133,7 +135,7 @@ def build_rounds(run: Run, built: Built) -> Iterator["Rounds"]:
         engine.close()
         raise
     given = (config, built.plan, built.prompts, built.bus, built.tokenizer, built.model, run.folder)
-    parts = RoundParts(*given, files, archive, built.arguments, built.reader, built.trusted)
+    parts = RoundParts(*given, files, archive, built.options, built.reader, built.trusted)
     rollouts = Rollouts(config, built.plan, built.prompts.train, sampler, policy, len(built.tokenizer))
     try:
         yield Rounds(parts, policy, rollouts)

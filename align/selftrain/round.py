@@ -3,10 +3,9 @@
 Every process holds all samples of a round, so that all choose, weigh and order them alike.
 """
 
-import copy
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,7 +31,7 @@ from align.selftrain.choose import Answers, Chosen, choose_pairs, choose_samples
 from align.selftrain.filters import Passed, passing
 from align.selftrain.policy_copy import PolicyCopy
 from align.selftrain.rows import Batches, Pair, Row, dpo_rows, kto_rows, pairs_of, sft_rows
-from align.selftrain.tuners import TunedLosses, fine_tune
+from align.selftrain.tuners import TunedLosses, fine_tune, tuner_config
 from align.selftrain.weigh import Material, weigh
 from align.selftrain.weights import Weights, answer_entropy
 from align.together import together
@@ -61,7 +60,7 @@ class RoundParts:
         folder: The run's.
         files: Where this process writes.
         archive: Evaluated points.
-        arguments: TRL's.
+        options: Of TRL's configuration.
         reader: Finds the answer of a completion; None where no reward reads any.
         trusted: Tokens of trusted samples, by file.
     """
@@ -75,7 +74,7 @@ class RoundParts:
     folder: Path
     files: RunFiles
     archive: Archive
-    arguments: Any
+    options: Mapping[str, Any]
     reader: Reader | None
     trusted: dict[str, list[Pair]]
 
@@ -244,9 +243,8 @@ class Rounds:
         if PartialState().is_main_process and folder.exists():  # of a round that was cut off
             shutil.rmtree(folder)
         PartialState().wait_for_everyone()
-        arguments = copy.copy(self.parts.arguments)
-        arguments.max_steps = len(rows) // batches.batch_size
-        arguments.seed = round_seed(config, number)
+        own = {"max_steps": len(rows) // batches.batch_size, "seed": round_seed(config, number)}
+        arguments = tuner_config(config.rounds.method, {**self.parts.options, **own})
         before = self._path(number - 1)
         adapts = config.policy.lora is not None
         losses = fine_tune(

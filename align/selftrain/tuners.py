@@ -149,7 +149,10 @@ TRAINERS = {"sft": (WeightedSFT, SFTConfig), "dpo": (WeightedDPO, DPOConfig), "k
 
 
 def tuner_config(method: str, options: Mapping[str, Any]) -> SFTConfig | DPOConfig | KTOConfig:
-    """TRL's configuration for a method."""
+    """TRL's configuration for a method.
+
+    Each fine-tuning needs one of its own: making it lets accelerate forget the last, and ZeRO-3 share out what is loaded.
+    """
     return TRAINERS[method][1](**options)
 
 
@@ -175,8 +178,6 @@ def fine_tune(
         tokenizer: The policy's.
         folder: Where the weights go.
     """
-    if arguments.deepspeed_plugin is not None:
-        arguments.deepspeed_plugin.set_deepspeed_weakref()  # share the weights out while loading, where it says so
     trainer = TRAINERS[method][0](
         model=model,
         args=arguments,
