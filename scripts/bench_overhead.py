@@ -105,7 +105,7 @@ def ours(folder: Path, steps: int):
     run = open_run(str(ROOT / "configs" / "quickstart.yaml"), "", overrides)
     run.folder.mkdir()
     schedule = Schedule(steps + 1, 0, steps + 1)
-    callbacks = [ScheduleCallback(schedule, lambda: False), ProgressCallback(list(run.config.objectives), steps)]
+    callbacks = [ScheduleCallback(schedule, lambda: False), ProgressCallback(list(run.config.objectives), steps, {})]
     return build_learner(run, build(run), schedule, callbacks)
 
 
