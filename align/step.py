@@ -110,6 +110,16 @@ def _rewards(rules: StepRules, matrix: RewardMatrix) -> np.ndarray:
     return apply_missing(matrix.values_NK.reshape(-1, rules.group_size, len(rules.objectives)), rules.objectives)
 
 
+def objective_metrics(matrix: RewardMatrix) -> dict[str, float]:
+    """Per objective the raw mean and spread, and the share of missing values."""
+    raw_NK, metrics = np.ma.masked_invalid(matrix.raw_NK), {}
+    for k, objective in enumerate(matrix.objectives):
+        metrics[f"objectives/{objective.name}/mean"] = float(np.ma.filled(raw_NK[:, k].mean(), np.nan))
+        metrics[f"objectives/{objective.name}/std"] = float(np.ma.filled(raw_NK[:, k].std(ddof=1), np.nan))
+        metrics[f"objectives/{objective.name}/missing"] = float(matrix.missing_NK[:, k].mean())
+    return metrics
+
+
 def _with_kl(rewards_PGK: np.ndarray, signals: Mapping[Signal, np.ndarray]) -> np.ndarray:
     """The objectives and, where the log-ratio to the reference policy is known, minus it as one more stream."""
     if Signal.KL not in signals:
@@ -137,14 +147,11 @@ def _metrics(
     constant_PK: np.ndarray,
     advantages_PG: np.ndarray,
 ) -> dict[str, float]:
-    """Weights, and per objective the raw mean and spread, the share of missing values and of constant groups."""
-    raw_NK = np.ma.masked_invalid(matrix.raw_NK)
+    """Weights, `objective_metrics`, and per objective the share of constant groups."""
     metrics = {"step_scale": state.step_scale, "groups/effective": float((advantages_PG != 0).any(axis=1).mean())}
+    metrics |= objective_metrics(matrix)
     for k, objective in enumerate(objectives):
         metrics[f"weights/{objective.name}"] = state.weights_K[k]
-        metrics[f"objectives/{objective.name}/mean"] = float(np.ma.filled(raw_NK[:, k].mean(), np.nan))
-        metrics[f"objectives/{objective.name}/std"] = float(np.ma.filled(raw_NK[:, k].std(ddof=1), np.nan))
-        metrics[f"objectives/{objective.name}/missing"] = float(matrix.missing_NK[:, k].mean())
         metrics[f"objectives/{objective.name}/constant_groups"] = float(constant_PK[:, k].mean())
     if state.kl_weight:
         metrics["weights/kl"] = state.kl_weight

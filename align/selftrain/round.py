@@ -34,10 +34,10 @@ from align.selftrain.rows import Batches, Pair, Row, dpo_rows, kto_rows, pairs_o
 from align.selftrain.tuners import TunedLosses, fine_tune, tuner_config
 from align.selftrain.weigh import Material, weigh
 from align.selftrain.weights import Weights, answer_entropy
+from align.step import objective_metrics
 from align.together import together
 from rewards.answers import Reader
 from rewards.bus import RewardBus
-from rewards.types import RewardMatrix
 from rollout.prompts import prompt_order
 from rollout.types import SampleGroup
 
@@ -156,7 +156,7 @@ class Rounds:
         raw_PGK = gathered.raw_NK.reshape(size, params.samples_per_prompt, len(objectives))[places]
         answers = gather_object([_answers(self.parts.reader, group) for group in groups])
         batch = Batch([everywhere[i] for i in places], raw_PGK, [answers[i] for i in places])
-        return batch, _objective_metrics(gathered) | self._take_rollout_metrics()
+        return batch, objective_metrics(gathered) | self._take_rollout_metrics()
 
     def _take_rollout_metrics(self) -> dict[str, float]:
         """How the weights reached the sampler, where they had to be sent; times go with the others."""
@@ -334,16 +334,6 @@ def _why_nothing(method: str, passed: Passed) -> str:
         f"prompts {mixed} have samples that pass and others, none of which states a wrong answer: sample more per prompt, "
         "or take rounds.method=sft"
     )
-
-
-def _objective_metrics(matrix: RewardMatrix) -> dict[str, float]:
-    """Per objective the raw mean and spread, and the share of missing values."""
-    raw_NK, metrics = np.ma.masked_invalid(matrix.raw_NK), {}
-    for k, objective in enumerate(matrix.objectives):
-        metrics[f"objectives/{objective.name}/mean"] = float(np.ma.filled(raw_NK[:, k].mean(), np.nan))
-        metrics[f"objectives/{objective.name}/std"] = float(np.ma.filled(raw_NK[:, k].std(ddof=1), np.nan))
-        metrics[f"objectives/{objective.name}/missing"] = float(matrix.missing_NK[:, k].mean())
-    return metrics
 
 
 def _loss_metrics(losses: TunedLosses) -> dict[str, float]:
