@@ -16,6 +16,20 @@ from align.policy import sampler_dtype
 from align.weights import describe_weights, named_weights
 
 
+def load_model(path: str, config: Config) -> PreTrainedModel:
+    """The model of a folder or the hub, its LoRA weights where it is a folder of these, not for training."""
+    loader = AutoPeftModelForCausalLM if is_adapter(path) else AutoModelForCausalLM
+    options = {} if Path(path).is_dir() else {"revision": config.policy.revision}  # of a hub model
+    options |= {"dtype": config.policy.dtype, "trust_remote_code": config.policy.trust_remote_code}
+    return loader.from_pretrained(path, **options).eval()
+
+
+def end_tokens(model: PreTrainedModel, eos_token_id: int) -> list[int]:
+    """Ids that end a completion: the tokenizer's `eos_token_id`, and what the model itself names."""
+    stop = model.generation_config.eos_token_id
+    return sorted({*([stop] if isinstance(stop, int) else stop or []), eos_token_id})
+
+
 class LoadedPolicy:
     """Takes the place of a learner before a sampler. One policy at a time: `load` puts another one in its place.
 
@@ -33,13 +47,8 @@ class LoadedPolicy:
 
     def load(self, path: str) -> None:
         """Put another policy in the place of this one."""
-        config = self._config
-        loader = AutoPeftModelForCausalLM if is_adapter(path) else AutoModelForCausalLM
-        options = {} if Path(path).is_dir() else {"revision": config.policy.revision}  # of a hub model
-        options |= {"dtype": config.policy.dtype, "trust_remote_code": config.policy.trust_remote_code}
-        self.model = loader.from_pretrained(path, **options).eval().to(self.accelerator.device)
-        stop = self.model.generation_config.eos_token_id
-        self.eos_token_ids = sorted({*([stop] if isinstance(stop, int) else stop or []), self._eos_token_id})
+        self.model = load_model(path, self._config).to(self.accelerator.device)
+        self.eos_token_ids = end_tokens(self.model, self._eos_token_id)
 
     @contextmanager
     def policy(self) -> Iterator[PreTrainedModel]:

@@ -7,19 +7,17 @@ without gradients or optimiser states, as much as a sharded learner gathers in o
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from align.build import is_adapter
 from align.config import Config
+from align.loaded import end_tokens, load_model
 from align.policy import sampler_dtype
 from align.weights import describe_weights, named_weights
 
@@ -58,15 +56,9 @@ class PolicyCopy:
 
     def load(self, path: str) -> None:
         """Take over the weights of a folder or hub name; all of them, whatever launcher shares out models."""
-        loader = AutoPeftModelForCausalLM if is_adapter(path) else AutoModelForCausalLM
-        policy = self._config.policy
-        options = {} if Path(path).is_dir() else {"revision": policy.revision}
-        options |= {"dtype": policy.dtype, "trust_remote_code": policy.trust_remote_code}
         unset_hf_deepspeed_config()  # else ZeRO-3 would put a part of each weight into each process
-        self.model = loader.from_pretrained(path, **options).to(self.accelerator.device).eval()
-        stop = self.model.generation_config.eos_token_id
-        stop = [stop] if isinstance(stop, int) else list(stop or [])
-        self.eos_token_ids = sorted({*stop, self._tokenizer.eos_token_id})
+        self.model = load_model(path, self._config).to(self.accelerator.device)
+        self.eos_token_ids = end_tokens(self.model, self._tokenizer.eos_token_id)
 
     def release(self) -> None:
         """Give the memory back."""
