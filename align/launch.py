@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,6 +25,16 @@ def add_train_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of training; anything else of the form --key=value overrides a key of the configuration."""
     parser.add_argument("--config", metavar="FILE", default="", help="configuration (YAML); not needed with --resume")
     parser.add_argument("--resume", metavar="RUN", default="", help="go on with the run in this folder")
+
+
+def start(module: str, text: str, act: Callable[[str, str, Sequence[str]], int], arguments: Sequence[str] | None) -> int:
+    """Entry of `python -m MODULE`: what `act` makes of configuration, run to resume, and overrides; the exit status."""
+    parser = argparse.ArgumentParser(prog=module, description=text, allow_abbrev=False)
+    add_train_arguments(parser)
+    share_cores()
+    relaunch_on_cpu(module, sys.argv[1:] if arguments is None else arguments)
+    known, overrides = parser.parse_known_args(arguments)
+    return act(known.config, known.resume, overrides)
 
 
 def share_cores() -> None:

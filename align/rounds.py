@@ -3,7 +3,6 @@
 open the run -> build what needs no weights -> for every round: sample, filter, weight, fine-tune, evaluate, save
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from align.checkpoint import read_state
 from align.config import describe_sampling
 from align.engine import check_engine
 from align.guard import check_imports
-from align.launch import add_train_arguments, fail, quiet, relaunch_on_cpu, share_cores
+from align.launch import fail, quiet, start, uncollected
 from align.plan import Plan, make_plan
 from align.runfolder import Run, open_run, processes, resume_command, write_folder
 from align.selftrain.filters import reader_of
@@ -35,12 +34,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of `python -m align.rounds`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="align.rounds", description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_train_arguments(parser)
-    share_cores()
-    relaunch_on_cpu("align.rounds", sys.argv[1:] if arguments is None else arguments)
-    known, overrides = parser.parse_known_args(arguments)
-    return rounds(known.config, known.resume, overrides)
+    return start("align.rounds", __doc__.split("\n")[0], rounds, arguments)
 
 
 def rounds(config_path: str, resume: str, overrides: Sequence[str]) -> int:
@@ -53,7 +47,8 @@ def rounds(config_path: str, resume: str, overrides: Sequence[str]) -> int:
         if run.finished:
             print(f"{run.folder} is complete: {run.config.steps} rounds (a larger --rounds.count goes on)")
             return 0
-        built = build(run)
+        with uncollected():
+            built = build(run)
     except ValueError as error:
         return fail(error)
     from accelerate import PartialState

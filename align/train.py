@@ -3,7 +3,6 @@
 open the run -> build what needs no weights -> build the learner -> resume -> run -> close
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ from align.config import describe, describe_sampling
 from align.config.lagrangian_rules import constraint_kinds
 from align.engine import check_engine
 from align.guard import check_imports
-from align.launch import add_train_arguments, fail, quiet, relaunch_on_cpu, share_cores, uncollected
+from align.launch import fail, quiet, start, uncollected
 from align.plan import Plan, Schedule, make_plan
 from align.runfolder import Run, open_run, processes, resume_command, write_folder
 from align.selftrain.pool import refuse_other_pool
@@ -33,12 +32,7 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry of `python -m align.train`; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="align.train", description=__doc__.split("\n")[0], allow_abbrev=False)
-    add_train_arguments(parser)
-    share_cores()
-    relaunch_on_cpu("align.train", sys.argv[1:] if arguments is None else arguments)
-    known, overrides = parser.parse_known_args(arguments)
-    return train(known.config, known.resume, overrides)
+    return start("align.train", __doc__.split("\n")[0], train, arguments)
 
 
 def train(config_path: str, resume: str, overrides: Sequence[str]) -> int:
