@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -90,6 +91,22 @@ def environment(processes: int) -> dict[str, str]:
     """Environment of a child process; with several, each gets one thread so that they do not fight for the cores."""
     threads = {"OMP_NUM_THREADS": "1"} if processes > 1 else {}
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), START]), "ACCELERATE_USE_CPU": "true", **threads}
+
+
+def refused_in_a_thread(act: Callable[[], object]) -> list[str]:
+    """What a RuntimeError says that `act` raises where it is not in the main thread."""
+    reasons = []
+
+    def ask():
+        try:
+            act()
+        except RuntimeError as error:
+            reasons.append(str(error))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    thread.join()
+    return reasons
 
 
 def read_lines(path: Path) -> list[dict]:

@@ -1,7 +1,6 @@
 """Canonical answers: equal ones are right or wrong together under the reward that they are read for."""
 
 import itertools
-import threading
 import time
 from decimal import Decimal
 
@@ -14,6 +13,7 @@ from rewards.answers import answer_reader
 from rewards.arithmetic import arithmetic_accuracy
 from rewards.component import BUILT_IN
 from rewards.verify import exact_match, math_answer, numeric_answer
+from tests.conftest import refused_in_a_thread
 from tests.hostile import hostile_text
 
 ACCURACIES = {"arithmetic_accuracy": arithmetic_accuracy, "exact_match": exact_match, "numeric_answer": numeric_answer}
@@ -244,15 +244,5 @@ def test_what_takes_too_long_counts_as_written(monkeypatch):
 
 
 def test_a_thread_is_refused_as_by_the_reward():
-    reasons = []
-
-    def ask():
-        try:
-            read("math_answer", "72")
-        except RuntimeError as error:
-            reasons.append(str(error))
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    thread.join()
+    reasons = refused_in_a_thread(lambda: read("math_answer", "72"))
     assert len(reasons) == 1

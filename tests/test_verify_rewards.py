@@ -3,7 +3,6 @@
 import json
 import re
 import socket
-import threading
 import time
 
 import pytest
@@ -15,6 +14,7 @@ from rewards.component import load_component
 from rewards.types import Missing, Objective
 from rewards.verify import exact_match, json_schema, math_answer, regex_match
 from rollout.types import FinishReason, Prompt, Sample, SampleGroup
+from tests.conftest import refused_in_a_thread
 
 # --- exact matches and regular expressions ----------------------------------------------------------------------------
 
@@ -369,17 +369,7 @@ def test_other_answers_are_right_or_wrong(answer):
 
 
 def test_a_thread_is_refused():
-    reasons = []
-
-    def ask():
-        try:
-            math_answer("72", "72")
-        except RuntimeError as error:
-            reasons.append(str(error))
-
-    thread = threading.Thread(target=ask)
-    thread.start()
-    thread.join()
+    reasons = refused_in_a_thread(lambda: math_answer("72", "72"))
     assert len(reasons) == 1
     assert "leave `isolation` at process" in reasons[0]
 
