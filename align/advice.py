@@ -22,6 +22,7 @@ def advise(config: Config) -> list[str]:
         *_on_evaluation(config),
         *_on_rollout(config),
         *_on_selftraining(config),
+        *_on_domains(config),
     ]
 
 
@@ -245,6 +246,24 @@ def _on_selftraining(config: Config) -> list[str]:
             warnings.append(
                 f"selftrain.weights[{i}].warm_up={weights.warm_up} leaves no step of {config.steps} with weights"
             )
+    return warnings
+
+
+def _on_domains(config: Config) -> list[str]:
+    """Weights of domains that others do not know of, or that say little."""
+    section, warnings = config.domains, []
+    if section is None:
+        return []
+    if Signal.GRAM in config.weighting.needs:
+        warnings.append(
+            f"domains: weighting.type={config.weighting.type} measures gradients of objectives without these weights"
+        )
+    rare = [name for name, share in config.train_domains.items() if share * config.rollout.prompts_per_batch < 1]
+    if rare and section.type != "fixed":
+        warnings.append(
+            f"domains: some batches of {config.rollout.prompts_per_batch} prompts have none of {', '.join(rare)}: it then "
+            "keeps its last score"
+        )
     return warnings
 
 

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class ParetoPoint:
         prompts: Number of held-out prompts.
         samples: Training samples drawn so far.
         checkpoint: Folder of its weights, relative to the run folder; "" where none was saved.
+        domains: Held-out means of each domain of a mixture, in raw units.
     """
 
     step: int
@@ -35,6 +36,7 @@ class ParetoPoint:
     prompts: int
     samples: int
     checkpoint: str
+    domains: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def vector_K(self, objectives: Sequence[Objective]) -> np.ndarray:
         """Values scaled to [0, 1], larger is better, in the order of the objectives."""
@@ -112,8 +114,11 @@ class Archive:
 
 def _line(point: ParetoPoint) -> str:
     """JSON has no NaN: a mean that nobody could measure is null."""
-    tables = {key: {name: _null(x) for name, x in getattr(point, key).items()} for key in ("values", "standard_errors")}
-    return json.dumps(asdict(point) | tables, allow_nan=False) + "\n"
+    data = asdict(point)
+    for key in ("values", "standard_errors"):
+        data[key] = {name: _null(x) for name, x in data[key].items()}
+    domains = {domain: {name: _null(x) for name, x in table.items()} for domain, table in data.pop("domains").items()}
+    return json.dumps(data | ({"domains": domains} if domains else {}), allow_nan=False) + "\n"
 
 
 def _null(number: float) -> float | None:
@@ -137,6 +142,8 @@ def read_points(path: Path) -> list[ParetoPoint]:
             data: dict[str, Any] = json.loads(line)
             for key in ("values", "standard_errors"):
                 data[key] = {name: _nan(number) for name, number in data[key].items()}
+            for table in data.get("domains", {}).values():
+                table.update({name: _nan(number) for name, number in table.items()})
             points.append(ParetoPoint(**data))
         except (json.JSONDecodeError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}, line {number} is not an archive point: {error}") from error

@@ -8,7 +8,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.config import AnySource, Config, ObjectiveConfig, Served
+import numpy as np
+
+from align.config import Config, ObjectiveConfig, PlainSource, Served
 from rewards.bus import RewardBus
 from rewards.component import load_component, wanted_columns
 from rewards.types import Missing, Objective
@@ -16,6 +18,9 @@ from rollout.prompts import (
     Rendering,
     Tokenizer,
     check_lengths,
+    mix,
+    mixed_order,
+    prompt_order,
     render_prompts,
     rows_of_file,
     rows_of_function,
@@ -110,10 +115,20 @@ def served_buses(objectives: Mapping[str, ObjectiveConfig]) -> dict[str, tuple[O
 
 @dataclass(frozen=True)
 class PromptSets:
-    """Prompts to train on, and held-out ones (none when evaluation is off)."""
+    """Prompts to train on, and held-out ones (none when evaluation is off).
+
+    `shares` has the domains of a mixture to train on, and how often each is sampled; empty where there is one source.
+    """
 
     train: Sequence[Prompt]
     evaluation: Sequence[Prompt]
+    shares: Mapping[str, float]
+
+    def order(self, total: int, seed: int) -> np.ndarray:
+        """Indices (total,) of the training prompts, a pure function: a longer run begins as a shorter one."""
+        if not self.shares:
+            return prompt_order(len(self.train), total, seed)
+        return mixed_order([prompt.domain for prompt in self.train], self.shares, total, seed)
 
     @property
     def columns(self) -> list[str]:
@@ -148,16 +163,47 @@ def load_prompts(config: Config, tokenizer: Tokenizer, context: int) -> PromptSe
         sources["evaluation"] = prompts.evaluation
     loaded: dict[str, list[Prompt]] = {"evaluation": []}
     for name, source in sources.items():
-        rendering = Rendering(source.prompt, prompts.chat, prompts.system, prompts.chat_template_kwargs)
+        if source.type == "mixture":
+            key = f"prompts.{name}.sources"
+            domains = {d: _load(config, f"{key}.{d}", s, tokenizer, context) for d, s in source.sources.items()}
+            _check_fields(config, key, domains)
+            loaded[name] = mix(domains)
+        else:
+            loaded[name] = _load(config, f"prompts.{name}", source, tokenizer, context)
+    return PromptSets(**loaded, shares=config.train_domains)
+
+
+def _load(config: Config, key: str, source: PlainSource, tokenizer: Tokenizer, context: int) -> list[Prompt]:
+    """Prompts of one source, which stands at `key`. Raises ValueError that names it."""
+    prompts = config.prompts
+    rendering = Rendering(source.prompt, prompts.chat, prompts.system, prompts.chat_template_kwargs)
+    try:
+        loaded = render_prompts(_rows(source), rendering, tokenizer, source.limit)
+        check_lengths(loaded, config.rollout.max_tokens, context)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from error
+    return loaded
+
+
+def _check_fields(config: Config, key: str, domains: Mapping[str, Sequence[Prompt]]) -> None:
+    """Raise ValueError when a reward reads a field that some domains have and others have not."""
+    fields = {domain: set(prompts[0].columns) for domain, prompts in domains.items()}
+    for name, objective in config.objectives.items():
         try:
-            loaded[name] = render_prompts(_rows(source), rendering, tokenizer, source.limit)
-            check_lengths(loaded[name], config.rollout.max_tokens, context)
+            reads = wanted_columns(objective.reward, objective.args)
         except ValueError as error:
-            raise ValueError(f"prompts.{name}: {error}") from error
-    return PromptSets(**loaded)
+            raise ValueError(f"objectives.{name}: {error}") from error
+        for wanted in reads:
+            lacking = [domain for domain, own in fields.items() if wanted not in own]
+            if 0 < len(lacking) < len(fields):
+                raise ValueError(
+                    f"objectives.{name}: reward {objective.reward!r} reads the field {wanted!r}, which {', '.join(lacking)} "
+                    f"of {key} does not have; rewards need the same fields in all domains, and these have in common "
+                    f"{', '.join(sorted(set.intersection(*fields.values()))) or 'none'}: rename fields, by a function source"
+                )
 
 
-def _rows(source: AnySource) -> Any:
+def _rows(source: PlainSource) -> Any:
     if source.type == "hub":
         return rows_of_hub(source.name, source.subset, source.split)
     if source.type == "file":

@@ -21,7 +21,7 @@ from align.build import (
     locate_policy,
     objectives_of,
 )
-from align.config import Config, describe, describe_sampling
+from align.config import Config, describe, describe_domains, describe_sampling
 from align.engine import check_engine
 from align.load import load_config
 from align.plan import Plan, make_plan
@@ -81,6 +81,7 @@ def _describe(config: Config, plan: Plan) -> str:
             f"{plan.samples_per_batch}; {rounds.method}, {plan.processes} process(es) x {plan.accumulation} pass(es) of "
             f"{plan.micro_batch_size} per update\n{sampling}"
         )
+    domains = "".join(f"\ndomains: {line}" for line in describe_domains(config))
     return (
         f"batch: {rollout.prompts_per_batch} prompts x {rollout.samples_per_prompt} samples = {plan.samples_per_batch}; "
         f"{plan.samples_per_process} per process, in {plan.passes_per_batch} pass(es) of {plan.micro_batch_size}; "
@@ -88,13 +89,14 @@ def _describe(config: Config, plan: Plan) -> str:
         f"run:   {config.steps} steps = {plan.batches} batches, {plan.prompts} prompts, "
         f"{plan.samples_by(config.steps)} samples\n"
         f"{sampling}\n"
-        f"weighting: {describe(config)}"
+        f"weighting: {describe(config)}{domains}"
     )
 
 
 def _is_remote(model: str, config: Config) -> bool:
     """Whether the policy or a data set comes from the hub and may not be on this machine."""
-    sources = [config.prompts.train, *filter(None, [config.prompts.evaluation])]
+    given = [config.prompts.train, *filter(None, [config.prompts.evaluation])]
+    sources = [part for s in given for part in (s.sources.values() if s.type == "mixture" else [s])]
     return not Path(model).is_dir() or any(source.type == "hub" for source in sources)
 
 

@@ -17,7 +17,6 @@ from align.checkpoint import checkpoint_name
 from align.control import ControlError, fit_control
 from align.sampling import Place, fit_params
 from align.step import raw_rewards
-from rollout.prompts import prompt_order
 from rollout.types import SampleGroup
 
 PROPOSAL_FILE = "proposal.pt"
@@ -99,7 +98,7 @@ class Controlling:
             raise ControlError("estimator.proposal=adaptive cannot be had under FSDP: take newest, or ZeRO-3")
         estimator, place = parts.config.estimator, Place(self.accelerator.process_index, parts.plan.processes)
         count = -(-estimator.fit.prompts // place.processes) * place.processes
-        order = prompt_order(len(parts.prompts.train), count, parts.config.seed)
+        order = parts.prompts.order(count, parts.config.seed)
         groups = self.rollouts.draw(order[place.process :: place.processes].tolist(), fit_params(parts.config, place))
         _, gathered = self._score(groups, self.save_unless_saved)
         raw_PGK = raw_rewards(parts.rules, gathered, estimator.fit.samples_per_prompt)

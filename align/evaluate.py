@@ -1,7 +1,7 @@
 """Held-out evaluation: a policy's mean on every objective, with standard errors over prompts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,11 +19,15 @@ Score = Callable[[Sequence[SampleGroup]], tuple[RewardMatrix, RewardMatrix]]
 
 @dataclass(frozen=True)
 class Summary:
-    """Means in raw units, their standard errors, and shares of missing values, by objective name."""
+    """Means in raw units, their standard errors, and shares of missing values, by objective name.
+
+    `domains` has the means of each domain alone, where the prompts are a mixture.
+    """
 
     values: Mapping[str, float]
     standard_errors: Mapping[str, float]
     missing: Mapping[str, float]
+    domains: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,12 @@ class Evaluation:
     Args:
         raw_PGK: Values in raw units; NaN where missing.
         rows: One row per sample, as `align.runlog.sample_rows` makes them.
+        domains: Of each of the P prompts; "" where they have one source.
     """
 
     raw_PGK: np.ndarray
     rows: Sequence[Mapping[str, Any]]
+    domains: Sequence[str]
 
 
 def evaluate(sampler: Sampler, score: Score, prompts: Sequence[Prompt], params: SamplingParams, step: int) -> Evaluation:
@@ -57,15 +63,16 @@ def evaluate(sampler: Sampler, score: Score, prompts: Sequence[Prompt], params: 
     groups = together(lambda: sampler.sample(share, params))
     local, gathered = score(groups)
     rows = sample_rows(step, groups, local, weights_K=(), advantages_N=())
-    return Evaluation(gathered.raw_NK.reshape(len(prompts), params.samples_per_prompt, -1), gather_object(rows))
+    domains = [p.domain for process in range(processes.num_processes) for p in prompts[process :: processes.num_processes]]
+    return Evaluation(gathered.raw_NK.reshape(len(prompts), params.samples_per_prompt, -1), gather_object(rows), domains)
 
 
-def summarize(raw_PGK: np.ndarray, objectives: Sequence[Objective]) -> Summary:
+def summarize(raw_PGK: np.ndarray, objectives: Sequence[Objective], domains: Sequence[str] = ()) -> Summary:
     """Mean over prompts of the mean over samples; missing values are left out.
 
     The standard error is that of a mean of P independent prompts, s / sqrt(P) with s the standard deviation (n - 1) of
     the prompt means: samples of one prompt are not independent. It is NaN with fewer than two prompts, and the mean is
-    NaN without any value.
+    NaN without any value. With the `domains` of the P prompts, means are also taken of each one.
     """
     present = np.ma.masked_invalid(raw_PGK)
     prompt_means_PK = present.mean(axis=1)
@@ -74,4 +81,6 @@ def summarize(raw_PGK: np.ndarray, objectives: Sequence[Objective]) -> Summary:
     errors_K = np.ma.filled(prompt_means_PK.std(axis=0, ddof=1), np.nan) / np.sqrt(np.maximum(counts_K, 1))
     missing_K = np.isnan(raw_PGK).mean(axis=(0, 1))
     by_name = [{o.name: float(x) for o, x in zip(objectives, row, strict=True)} for row in (means_K, errors_K, missing_K)]
-    return Summary(*by_name)
+    names = sorted(filter(None, set(domains)))
+    of_domains = {name: summarize(raw_PGK[np.array(domains) == name], objectives).values for name in names}
+    return Summary(*by_name, of_domains)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -53,8 +53,11 @@ def evaluate_policies(target: str, config_path: str, checkpoints: str, json_path
     return 0
 
 
-def _without_nan(table: Mapping[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in table.items()}
+def _without_nan(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_nan(value) if isinstance(value, dict) else value if math.isfinite(value) else None
+        for name, value in table.items()
+    }
 
 
 def _policies_of(run: Path, config: Config, checkpoints: str) -> list[Policy]:
@@ -102,7 +105,7 @@ def _evaluate(policies: Sequence[Policy], config: Config, folder: Path) -> "dict
                 loaded.load(policy.path)
                 pusher.push(number)
                 found = evaluate(sampler, score, prompts.evaluation, evaluation_params(config, Place()), step=number)
-                summaries[policy.name] = summarize(found.raw_PGK, objectives_of(config))
+                summaries[policy.name] = summarize(found.raw_PGK, objectives_of(config), found.domains)
         except RolloutError as error:
             raise ValueError(f"{error} (--rollout.engine=transformers samples without servers)") from error
     return summaries
@@ -120,4 +123,7 @@ def _table(summaries: "dict[str, Summary]", config: Config) -> str:
         volume = hypervolume_share(vector_K[None], reference_K) if np.isfinite(vector_K).all() else math.nan
         lines.append(f"{name:<{width}}  " + "  ".join(f"{cell:>16}" for cell in cells) + f"  {volume:15.3f}")
         lines += [f"{'':<{width}}  {share:.1%} of {o} missing" for o, share in summary.missing.items() if share]
+        for domain, values in summary.domains.items():
+            cells = [f"{values[o.name]:8.3f}        " for o in objectives]
+            lines.append(f"{'':<{width}}  " + "  ".join(f"{cell:>16}" for cell in cells) + f"  {domain}")
     return "\n".join(lines)

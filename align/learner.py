@@ -50,7 +50,6 @@ from align.together import check_agreement
 from align.weighting import Signal, WeightState
 from align.weights import base_of
 from rewards.types import RewardMatrix
-from rollout.prompts import prompt_order
 from rollout.sampler import Sampler
 from rollout.types import SampleGroup
 
@@ -79,7 +78,7 @@ class Learner(PolicyAccess, SelfTraining, Probing, Controlling, GRPOTrainer):
         self.parts = parts
         self._checkpoints = Path(args.output_dir)
         texts = [prompt.text for prompt in parts.prompts.train]
-        order = prompt_order(len(texts), parts.plan.prompts, parts.config.seed)
+        order = parts.prompts.order(parts.plan.prompts, parts.config.seed)
         super().__init__(
             model=parts.model,
             reward_funcs=[_column(objective.name) for objective in parts.rules.objectives],
@@ -95,10 +94,8 @@ class Learner(PolicyAccess, SelfTraining, Probing, Controlling, GRPOTrainer):
         self.weight_state = parts.rules.scheme.init(parts.rules.objectives)
         # TRL corrects, by ratios learner / sampler, only what it takes for its own vLLM's doing.
         self.use_vllm = parts.config.rollout.correction.type != "none"
-        self.rollouts = Rollouts(
-            parts.config, parts.plan, parts.prompts.train, make_sampler(self), self, len(parts.tokenizer)
-        )
-        if Signal.GRAM in parts.rules.scheme.needs:
+        self.rollouts = Rollouts(parts.config, parts.plan, parts.prompts, make_sampler(self), self, len(parts.tokenizer))
+        if parts.rules.probes:
             self._probe = build_probe(parts.config, self.model, parts.plan.micro_batch_size, self.aux_loss_enabled)
         self.begin_selftraining()
         self._watch = HackingWatch()
@@ -118,7 +115,8 @@ class Learner(PolicyAccess, SelfTraining, Probing, Controlling, GRPOTrainer):
         self._last_loaded_step = step  # there is no vLLM of TRL's own to bring up to date
         output = super()._generate_and_score_completions(inputs)
         try:
-            result = take_step(self.parts.rules, self.weight_state, self._gathered, step, self._signals(output))
+            signals = self._signals(output)
+            result = take_step(self.parts.rules, self.weight_state, self._gathered, step, signals)
         except MissingRewardError:
             self.state.num_input_tokens_seen = self._tokens_before  # the batch will be sampled again
             raise
@@ -127,10 +125,10 @@ class Learner(PolicyAccess, SelfTraining, Probing, Controlling, GRPOTrainer):
         self.weight_state = result.state
         if step % AGREEMENT_EVERY == 0:
             check_agreement(step, result.state.digest())
-        if Signal.GRAM in self.parts.rules.scheme.needs:
+        if self.parts.rules.probes:
             self._probe.waiting_KK = NO_GRAM  # it has had its effect
-            if self._probe.ordinary and self.parts.rules.scheme.due(result.state, step + self.parts.plan.steps_per_batch):
-                output[OBJECTIVE_ADVANTAGES] = self._advantages_alone()
+            if self._probe.ordinary and self._probe_due(result.state, step + self.parts.plan.steps_per_batch):
+                output[OBJECTIVE_ADVANTAGES] = self._advantages_alone(result.state, signals)
         local = slice(len(inputs) * self.accelerator.process_index, len(inputs) * (self.accelerator.process_index + 1))
         advantages_N = self.take_in(result.advantages_PG).reshape(-1)[local]
         self.parts.files.samples.write(step + 1, self._groups, self._scored, result.state.weights_K, advantages_N)
@@ -174,7 +172,7 @@ class Learner(PolicyAccess, SelfTraining, Probing, Controlling, GRPOTrainer):
         params = evaluation_params(parts.config, Place(self.accelerator.process_index, parts.plan.processes))
         score = partial(self._score, pause=self.save_unless_saved)
         evaluation = evaluate(self.rollouts.sampler, score, parts.prompts.evaluation, params, step)
-        summary = summarize(evaluation.raw_PGK, parts.rules.objectives)
+        summary = summarize(evaluation.raw_PGK, parts.rules.objectives, evaluation.domains)
         checkpoint = f"checkpoints/{checkpoint_name(step)}" if parts.schedule.saves_at(step) else ""
         parts.archive.append(
             ParetoPoint(
@@ -189,6 +187,7 @@ class Learner(PolicyAccess, SelfTraining, Probing, Controlling, GRPOTrainer):
             parts.files.write_evaluation(step, evaluation.rows)
         metrics = {f"eval_{name}": value for name, value in summary.values.items()}
         metrics |= {f"eval_{name}_missing": share for name, share in summary.missing.items()}
+        metrics |= {f"eval_{d}/{name}": value for d, values in summary.domains.items() for name, value in values.items()}
         metrics["eval_hypervolume"] = parts.archive.hypervolume()
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -233,7 +232,7 @@ class Learner(PolicyAccess, SelfTraining, Probing, Controlling, GRPOTrainer):
                     plan.processes,
                     config.fingerprint(),
                     self.weight_state.to_json(),
-                    self._probe.waiting_KK.tolist() if Signal.GRAM in self.parts.rules.scheme.needs else [],
+                    self._probe.waiting_KK.tolist() if self.parts.rules.probes else [],
                     self._watch.memory.to_json(),
                     self.selftraining_duals(),
                 ),
@@ -293,11 +292,13 @@ class Learner(PolicyAccess, SelfTraining, Probing, Controlling, GRPOTrainer):
             signals[Signal.KL] = self.log_ratios(output).reshape(-1, self.parts.rules.group_size)
         if self.parts.rules.estimator.type == "dpg":
             signals[Signal.LOG_PROBS] = self._sample_log_probs(output)
-        if Signal.GRAM in needs:
-            if not self._probe.ordinary and self.parts.rules.scheme.due(self.weight_state, self.state.global_step):
-                self._probe_gradients(output)
-            if self._probe.waiting_KK.size:
-                signals[Signal.GRAM] = self._probe.waiting_KK
+        if self.parts.prompts.shares:
+            places = {name: place for place, name in enumerate(self.parts.prompts.shares)}
+            signals[Signal.DOMAINS] = np.array(gather_object([places[group.prompt.domain] for group in self._groups]))
+        if self.parts.rules.probes:
+            if not self._probe.ordinary and self._probe_due(self.weight_state, self.state.global_step):
+                self._probe_gradients(output, signals)
+            signals |= self._gradient_signals()
         return signals
 
     def _watch_batch(self, step: int, state: WeightState) -> Mapping[str, float]:

@@ -32,7 +32,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from align.config import Config
-from align.config.probe_rules import why_not_ordinary
+from align.config.probe_rules import probe_key, probed, why_not_ordinary
 from align.config.weighting import ProbeConfig
 from align.probe_features import Layer, Notes, norm_layers, sketch_layers
 
@@ -45,7 +45,7 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class ProbeError(ValueError):
-    """The policy at hand does not have what `weighting.probe` is to read."""
+    """The policy at hand does not have what the probe is to read."""
 
 
 class Probe:
@@ -55,7 +55,7 @@ class Probe:
         options: Which features, and how to come by them.
         layers: Whose features are read; none for `exact`.
         ordinary: Read the training step's own backward.
-        objectives: Names of the K objectives.
+        objectives: Names of the K objectives, or of whatever else has advantages of its own (domains).
         micro_batch_size: Sequences of one pass.
     """
 
@@ -189,7 +189,7 @@ class Pass:
 
 
 def build_probe(config: Config, model: PreTrainedModel, micro_batch_size: int, aux_loss: bool) -> Probe:
-    """The probe of a run whose scheme wants Gram matrices.
+    """The probe of a run whose scheme or domains want Gram matrices.
 
     Args:
         config: Of the run.
@@ -200,18 +200,18 @@ def build_probe(config: Config, model: PreTrainedModel, micro_batch_size: int, a
     Raises:
         ProbeError: Nothing that is trained has such features, or the ordinary backward is asked for where it does not do.
     """
-    options = config.weighting.probe
+    options = config.probe
     if options.backward == "ordinary" and aux_loss:
         raise ProbeError(
-            "weighting.probe.backward=ordinary: the ordinary backward holds the gradient of this model's load-balancing "
-            "loss too; take extra or auto, or set trl.router_aux_loss_coef to 0"
+            f"{probe_key(config)}.backward=ordinary: the ordinary backward holds the gradient of this model's "
+            "load-balancing loss too; take extra or auto, or set trl.router_aux_loss_coef to 0"
         )
     ordinary = options.backward != "extra" and not aux_loss and not why_not_ordinary(config)
-    layers = find_layers(model, options, config.seed)
-    return Probe(options, layers, ordinary, list(config.objectives), micro_batch_size)
+    layers = find_layers(model, options, config.seed, probe_key(config))
+    return Probe(options, layers, ordinary, probed(config), micro_batch_size)
 
 
-def find_layers(model: PreTrainedModel, options: ProbeConfig, seed: int) -> list[Layer]:
+def find_layers(model: PreTrainedModel, options: ProbeConfig, seed: int, key: str = "weighting.probe") -> list[Layer]:
     """Layers whose features are read. Raises ProbeError where there are none."""
     if options.features == "exact":
         return []
@@ -220,8 +220,8 @@ def find_layers(model: PreTrainedModel, options: ProbeConfig, seed: int) -> list
         what = "normalisation layer with weights" if options.features == "norms" else "linear or normalisation layer"
         other = "sketch or exact" if options.features == "norms" else "exact"
         raise ProbeError(
-            f"weighting.probe.features={options.features}: this policy trains no {what} (they are frozen, quantised or of "
-            f"an unknown kind); take weighting.probe.features={other}"
+            f"{key}.features={options.features}: this policy trains no {what} (they are frozen, quantised or of "
+            f"an unknown kind); take {key}.features={other}"
         )
     return layers
 

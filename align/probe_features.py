@@ -80,7 +80,7 @@ class Notes:
     def scores(self, layers: "Iterable[Layer]") -> torch.Tensor:
         """Features (B, D) of all layers side by side, float32; 0 where no gradient came by."""
         if not self._features:
-            raise RuntimeError("weighting.probe saw no gradient: the layers that it watches were not called")
+            raise RuntimeError("the gradient probe saw nothing: the layers that it watches were not called")
         like = next(iter(self._features.values()))
         parts = [self._features.get(i, like.new_zeros(self.rows, layer.width)) for i, layer in enumerate(layers)]
         return torch.cat(parts, dim=1)

@@ -5,11 +5,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
+from align.domains import domain_columns
 from align.probe import OBJECTIVE_ADVANTAGES, replaced, select
-from align.step import advantages_alone
-from align.weighting import Signal
+from align.step import advantages_alone, advantages_in_force
+from align.weighting import Signal, WeightState
 
 
 class Probing:
@@ -18,7 +20,7 @@ class Probing:
     def training_step(self, model, inputs, num_items_in_batch):
         """TRL's, and the probe takes in what its backward showed."""
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if Signal.GRAM in self.parts.rules.scheme.needs and self._probe.listening:
+        if self.parts.rules.probes and self._probe.listening:
             self._add_metrics(self._probe.hear(last=self._step % self.args.gradient_accumulation_steps == 0))
         return loss
 
@@ -30,16 +32,38 @@ class Probing:
         compute = super()._compute_loss
         return self._probe.listen(lambda: compute(model, inputs), inputs)
 
-    def _advantages_alone(self) -> torch.Tensor:
-        """Advantages of this process's samples under each objective alone (N, K)."""
+    def _probe_due(self, state: WeightState, step: int) -> bool:
+        """Whether weights of the batch at `step` may move by gradients; those of domains always do."""
+        rules = self.parts.rules
+        return rules.domains.config.type == "alignment" or rules.scheme.due(state, step)
+
+    def _gradient_signals(self) -> dict[Signal, np.ndarray]:
+        """The Gram matrix that waits, if any: that of the objectives, where these are measured, and that of the domains."""
+        gram_KK, rules = self._probe.waiting_KK, self.parts.rules
+        if not gram_KK.size:
+            return {}
+        count = len(rules.objectives) if Signal.GRAM in rules.scheme.needs else 0
+        signals = {Signal.GRAM: gram_KK[:count, :count], Signal.DOMAIN_GRAM: gram_KK[count:, count:]}
+        return {signal: gram for signal, gram in signals.items() if gram.size}
+
+    def _advantages_alone(self, state: WeightState, signals: Mapping[Signal, np.ndarray]) -> torch.Tensor:
+        """Advantages of this process's samples (N, K) whose gradients are wanted: under each objective alone; and of each
+        domain alone, by the weights of a state."""
+        rules, columns = self.parts.rules, []
+        if Signal.GRAM in rules.scheme.needs:
+            columns.append(advantages_alone(rules, self._gathered))
+        if rules.domains.config.type == "alignment":
+            advantages_PG = advantages_in_force(rules, state, self._gathered, signals)
+            of_domains_PGJ = domain_columns(advantages_PG, signals[Signal.DOMAINS], len(rules.domains.names))
+            columns.append(of_domains_PGJ.reshape(-1, len(rules.domains.names)))
         count = self.parts.plan.samples_per_process
         first = count * self.accelerator.process_index
-        local_NK = advantages_alone(self.parts.rules, self._gathered)[first : first + count]
+        local_NK = np.concatenate(columns, axis=1)[first : first + count]
         return torch.tensor(local_NK, dtype=torch.float32, device=self.accelerator.device)
 
-    def _probe_gradients(self, batch: Mapping[str, Any]) -> None:
+    def _probe_gradients(self, batch: Mapping[str, Any], signals: Mapping[Signal, np.ndarray]) -> None:
         """Measure with backward passes of the probe's own, before the update of a batch."""
-        start, probe, advantages_NK = time.perf_counter(), self._probe, self._advantages_alone()
+        start, probe, advantages_NK = time.perf_counter(), self._probe, self._advantages_alone(self.weight_state, signals)
         if probe.exact:
             with self.policy() as model:
                 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from accelerate import PartialState
 
+from align.build import PromptSets
 from align.config import Config
 from align.plan import Plan
 from align.push import Policy, Pusher
 from align.sampling import Place, training_params
 from align.together import together
-from rollout.prompts import prompt_order
 from rollout.sampler import Sampler, SamplingParams
-from rollout.types import Prompt, SampleGroup
+from rollout.types import SampleGroup
 
 
 @dataclass(frozen=True)
@@ -31,26 +31,24 @@ class Rollouts:
     Args:
         config: Says how to sample.
         plan: Batch arithmetic.
-        prompts: To train on.
+        prompts: Those to train on are sampled.
         sampler: Makes the samples.
         policy: The learner.
         vocabulary: Token ids that random sequences may have.
     """
 
-    def __init__(
-        self, config: Config, plan: Plan, prompts: Sequence[Prompt], sampler: Sampler, policy: Policy, vocabulary: int
-    ):
+    def __init__(self, config: Config, plan: Plan, prompts: PromptSets, sampler: Sampler, policy: Policy, vocabulary: int):
         self.sampler = sampler
         self._metrics: dict[str, float] = {}
         self._config = config
         self._plan = plan
-        self._prompts = prompts
+        self._prompts = prompts.train
         self._place = Place(PartialState().process_index, plan.processes)
         self._synced = -1  # step whose policy the sampler holds
-        self._order = prompt_order(len(prompts), plan.prompts, config.seed).tolist()
+        self._order = prompts.order(plan.prompts, config.seed).tolist()
         self._ahead: _Ahead | None = None
         self._thread = ThreadPoolExecutor(1)
-        self._pusher = Pusher(config, prompts, vocabulary, policy, sampler)
+        self._pusher = Pusher(config, prompts.train, vocabulary, policy, sampler)
 
     def batch(self, indices: Sequence[int], step: int, version: int) -> list[SampleGroup]:
         """Samples of this process's prompts of a batch, and with lookahead the start of those of the next one.

@@ -131,7 +131,7 @@ def build_rounds(run: Run, built: Built) -> Iterator["Rounds"]:
         raise
     given = (config, built.plan, built.prompts, built.bus, built.tokenizer, built.model, run.folder)
     parts = RoundParts(*given, files, archive, built.options, built.reader, built.trusted)
-    rollouts = Rollouts(config, built.plan, built.prompts.train, sampler, policy, len(built.tokenizer))
+    rollouts = Rollouts(config, built.plan, built.prompts, sampler, policy, len(built.tokenizer))
     try:
         yield Rounds(parts, policy, rollouts)
     finally:

@@ -8,6 +8,7 @@ import numpy as np
 from align.combine import combine, objective_advantages
 from align.config import CombinationConfig, EstimatorConfig
 from align.control import ControlState, control
+from align.domains import UNDIVIDED, DomainRules, domain_means, weigh_domains
 from align.missing import apply_missing, refuse_missing
 from align.weighting import Observation, Scheme, Signal, WeightState
 from rewards.types import Objective, RewardMatrix
@@ -23,6 +24,12 @@ class StepRules:
     combination: CombinationConfig
     group_size: int
     max_failed: float
+    domains: DomainRules = UNDIVIDED
+
+    @property
+    def probes(self) -> bool:
+        """Whether gradients are measured: of the objectives, of the domains, or of both."""
+        return Signal.GRAM in self.scheme.needs or self.domains.config.type == "alignment"
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ def take_step(
         MissingRewardError: A value is missing whose policy is `fail`.
     """
     if rules.estimator.type == "dpg":
-        return _take_control_step(rules, state, matrix, step, signals[Signal.LOG_PROBS])
+        return _take_control_step(rules, state, matrix, step, signals)
     rewards_PGK = _rewards(rules, matrix)
     missing_PGK = matrix.missing_NK.reshape(rewards_PGK.shape)
     seen_PGK = np.where(missing_PGK, np.nan, rewards_PGK)  # a scheme sees what was measured, not what is filled in
@@ -68,7 +75,7 @@ def take_step(
     if Signal.ADVANTAGES in rules.scheme.needs:
         signals = {**signals, Signal.ADVANTAGES: _advantages(rules, streams_PGK, state)}
     observation = Observation(step, seen_PGK, {need: signals[need] for need in rules.scheme.needs if need in signals})
-    state = rules.scheme.update(state, observation)
+    before, state = state, rules.scheme.update(state, observation)
 
     advantages_PG = _advantages(rules, streams_PGK, state)
     constant_PK = _constant(rewards_PGK)
@@ -76,20 +83,28 @@ def take_step(
     if rules.estimator.type != "reinforce":  # against its own mean, a group without differences says nothing
         advantages_PG[silent_P] = 0.0
     advantages_PG *= state.step_scale
+    figures = _of_domains(rules, matrix, signals)
+    if Signal.DOMAINS in signals:
+        gram_JJ = signals.get(Signal.DOMAIN_GRAM, np.zeros((0, 0)))
+        weighed = weigh_domains(rules.domains, before.domains, signals[Signal.DOMAINS], seen_PGK, gram_JJ)
+        state, figures = replace(state, domains=weighed.memory), {**figures, **weighed.metrics}
+        advantages_PG *= weighed.factors_P[:, None]
 
-    return StepResult(advantages_PG, state, _metrics(rules.objectives, matrix, state, constant_PK, advantages_PG))
+    metrics = _metrics(rules.objectives, matrix, state, constant_PK, advantages_PG)
+    return StepResult(advantages_PG, state, {**metrics, **figures})
 
 
 def _take_control_step(
-    rules: StepRules, state: WeightState, matrix: RewardMatrix, step: int, log_probs_3PG: np.ndarray
+    rules: StepRules, state: WeightState, matrix: RewardMatrix, step: int, signals: Mapping[Signal, np.ndarray]
 ) -> StepResult:
     """Advantages towards the target distribution: neither weights nor combination have a part in them."""
     raw_PGK = raw_rewards(rules, matrix, rules.group_size)
-    before = ControlState.from_json(state.control)
+    before, log_probs_3PG = ControlState.from_json(state.control), signals[Signal.LOG_PROBS]
     after, advantages_PG, figures = control(rules.estimator, rules.objectives, before, raw_PGK, log_probs_3PG, step)
     state = replace(state, control=after.to_json())
     metrics = _metrics(rules.objectives, matrix, state, _constant(raw_PGK), advantages_PG)
-    return StepResult(advantages_PG, state, {**metrics, **{f"dpg/{name}": value for name, value in figures.items()}})
+    metrics |= {f"dpg/{name}": value for name, value in figures.items()} | _of_domains(rules, matrix, signals)
+    return StepResult(advantages_PG, state, metrics)
 
 
 def raw_rewards(rules: StepRules, matrix: RewardMatrix, group_size: int) -> np.ndarray:
@@ -102,6 +117,13 @@ def advantages_alone(rules: StepRules, matrix: RewardMatrix) -> np.ndarray:
     """Advantages (N, K) that each objective would give if it were the only one. Raises MissingRewardError."""
     advantages_PGK = objective_advantages(_rewards(rules, matrix), rules.estimator, rules.combination)
     return advantages_PGK.reshape(len(matrix.raw_NK), -1)
+
+
+def advantages_in_force(
+    rules: StepRules, state: WeightState, matrix: RewardMatrix, signals: Mapping[Signal, np.ndarray]
+) -> np.ndarray:
+    """Advantages (P, G) that the weights of a state make of a batch, without weights of domains."""
+    return _advantages(rules, _with_kl(_rewards(rules, matrix), signals), state)
 
 
 def _rewards(rules: StepRules, matrix: RewardMatrix) -> np.ndarray:
@@ -118,6 +140,19 @@ def objective_metrics(matrix: RewardMatrix) -> dict[str, float]:
         metrics[f"objectives/{objective.name}/std"] = float(np.ma.filled(raw_NK[:, k].std(ddof=1), np.nan))
         metrics[f"objectives/{objective.name}/missing"] = float(matrix.missing_NK[:, k].mean())
     return metrics
+
+
+def _of_domains(rules: StepRules, matrix: RewardMatrix, signals: Mapping[Signal, np.ndarray]) -> dict[str, float]:
+    """Raw means per domain and objective, where prompts have domains."""
+    if Signal.DOMAINS not in signals:
+        return {}
+    raw_PGK = matrix.raw_NK.reshape(-1, rules.group_size, len(rules.objectives))
+    means_JK = domain_means(raw_PGK, signals[Signal.DOMAINS], len(rules.domains.names))
+    return {
+        f"domains/{domain}/mean/{objective.name}": float(mean)
+        for domain, means_K in zip(rules.domains.names, means_JK, strict=True)
+        for objective, mean in zip(rules.objectives, means_K, strict=True)
+    }
 
 
 def _with_kl(rewards_PGK: np.ndarray, signals: Mapping[Signal, np.ndarray]) -> np.ndarray:

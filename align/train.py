@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from align.advice import advise, advise_on_prompts
 from align.build import PromptSets, build_bus, check_shares, load_prompts, load_tokenizer, locate_policy, objectives_of
 from align.checkpoint import read_state
-from align.config import describe, describe_sampling
+from align.config import describe, describe_domains, describe_sampling
 from align.config.lagrangian_rules import constraint_kinds
 from align.engine import check_engine
 from align.guard import check_imports
@@ -107,6 +107,7 @@ def build_learner(
     from accelerate import PartialState
 
     from align.archive import Archive
+    from align.domains import domain_rules
     from align.engine import open_engine
     from align.learner import Learner
     from align.parts import Parts
@@ -131,6 +132,7 @@ def build_learner(
         config.combination,
         config.rollout.samples_per_prompt,
         config.scoring.max_failed,
+        domain_rules(config),
     )
     of_built = (built.prompts, built.bus, built.tokenizer, built.model)
     parts = Parts(config, built.plan, schedule, rules, *of_built, files, archive, built.sources, stop)
@@ -205,6 +207,7 @@ def _summary(run: Run, built: Built) -> str:
         f"{plan.processes} process(es) x {plan.accumulation} x {plan.micro_batch_size} per update",
         f"sampling   {describe_sampling(config.rollout)}",
         f"weighting  {describe(config)}",
+        *(f"domains    {line}" for line in describe_domains(config)),
         f"learner    {config.estimator.type}, {config.combination.type}, {config.steps} steps",
     ]
     warnings = [*advise(config), *advise_on_prompts(config, built.prompts)]

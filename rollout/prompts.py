@@ -5,7 +5,7 @@ import inspect
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Protocol
@@ -163,6 +163,21 @@ def _render(content: str | list[Mapping[str, str]], rendering: Rendering, tokeni
     return tokenizer.apply_chat_template(content, tokenize=False, add_generation_prompt=True, **rendering.template_kwargs)
 
 
+def mix(domains: Mapping[str, Sequence[Prompt]]) -> list[Prompt]:
+    """The prompts of several sources, each with its domain, which its id then begins with, and the fields that all have."""
+    shared = set.intersection(*(set(prompts[0].columns) for prompts in domains.values()))
+    return [
+        replace(
+            prompt,
+            id=f"{domain}/{prompt.id}",
+            columns={name: value for name, value in prompt.columns.items() if name in shared},
+            domain=domain,
+        )
+        for domain, prompts in domains.items()
+        for prompt in prompts
+    ]
+
+
 def check_lengths(prompts: Sequence[Prompt], max_tokens: int, context: int) -> None:
     """Raise ValueError that names the first prompt which leaves no room for `max_tokens` in a context of that size."""
     for prompt in prompts:
@@ -177,11 +192,36 @@ def check_lengths(prompts: Sequence[Prompt], max_tokens: int, context: int) -> N
 # --- order ------------------------------------------------------------------------------------------------------------
 
 
-def prompt_order(num_prompts: int, total: int, seed: int) -> np.ndarray:
+def prompt_order(num_prompts: int, total: int, seed: int, *stream: int) -> np.ndarray:
     """Indices (total,) of the prompts in training order: pass after pass, each a fresh permutation.
 
-    A pure function of its arguments, so that a resumed run finds its place by counting.
+    A pure function of its arguments, so that a resumed run finds its place by counting. Orders of different streams are
+    independent of each other.
     """
     passes = -(-total // num_prompts)
-    orders = [np.random.default_rng([seed, epoch]).permutation(num_prompts) for epoch in range(passes)]
+    orders = [np.random.default_rng([seed, epoch, *stream]).permutation(num_prompts) for epoch in range(passes)]
     return np.concatenate(orders)[:total]
+
+
+def mixed_order(domains: Sequence[str], shares: Mapping[str, float], total: int, seed: int) -> np.ndarray:
+    """Indices (total,) of the prompts in training order, of every domain its share, whatever its size.
+
+    The j-th prompt of a domain (from 0) comes at the time (j + 1/2) / share: the first T prompts hold of a domain
+    share * T to within (1 + share * number of domains) / 2. Which ones, says `prompt_order`, domain by domain. Like that
+    it is a pure function, and a longer run begins as a shorter one.
+
+    Args:
+        domains: Of every prompt.
+        shares: Of every domain, above 0; divided by their sum.
+        total: Length of the order.
+        seed: Decides the prompts, not the order of domains.
+    """
+    times, indices = [], []
+    for stream, (domain, share) in enumerate(shares.items(), 1):
+        share = share / sum(shares.values())
+        own = np.flatnonzero([domain == other for other in domains])
+        count = int(np.ceil(share * (total + len(shares)))) + 1  # at least as many as can be among the first `total`
+        times.append((np.arange(count) + 0.5) / share)
+        indices.append(own[prompt_order(len(own), count, seed, stream)])
+    order = np.argsort(np.concatenate(times), kind="stable")
+    return np.concatenate(indices)[order][:total]

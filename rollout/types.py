@@ -18,16 +18,18 @@ class Prompt:
     """One prompt, rendered and tokenised.
 
     Args:
-        id: Names the prompt within its source; stable across runs.
+        id: Names the prompt among all; stable across runs.
         text: What the policy reads, after the chat template where there is one.
         token_ids: `text` as token ids.
         columns: The data row it came from; rewards may read any of its fields.
+        domain: Name of its source among several; empty where there is one.
     """
 
     id: str
     text: str
     token_ids: tuple[int, ...]
     columns: Mapping[str, Any]
+    domain: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ import torch
 from transformers import TrainerCallback
 
 import align.rollouts
+from align.build import PromptSets
 from align.callbacks import ScheduleCallback
 from align.config.weighting import FixedWeighting, GradientWeighting, ProbeConfig
 from align.plan import Schedule
@@ -227,7 +228,7 @@ class Turns(TrainerCallback):
 def cost(policy: str, objectives: int, rounds: int, names: Sequence[str], size: int) -> dict[str, Any]:
     """Step times of the sides, and their ratios to fixed weights."""
     turns = Turns(names, size)
-    align.learner.prompt_order = lambda count, total, _: np.arange(total) % count  # the same at every step
+    PromptSets.order = lambda prompts, total, _: np.arange(total) % len(prompts.train)  # the same at every step
     with tempfile.TemporaryDirectory() as folder:
         steps = (rounds + WARM_UP) * len(names)
         shares = {f"share_{i}": {"reward": "scripts.bench_probe:share", "args": {"remainder": i}} for i in range(objectives)}

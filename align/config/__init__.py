@@ -3,22 +3,23 @@
 from align.config.advantages import CombinationConfig, EstimatorConfig
 from align.config.base import Section
 from align.config.rollout_rules import describe_sampling
-from align.config.rules import describe
+from align.config.rules import describe, describe_domains
 from align.config.run import Config
-from align.config.sections import AnySource, ObjectiveConfig, ScoringConfig, Served
+from align.config.sections import ObjectiveConfig, PlainSource, ScoringConfig, Served
 from align.config.weighting import Signal, WeightingConfig
 
 __all__ = [
-    "AnySource",
     "CombinationConfig",
     "Config",
     "EstimatorConfig",
     "ObjectiveConfig",
+    "PlainSource",
     "ScoringConfig",
     "Section",
     "Served",
     "Signal",
     "WeightingConfig",
     "describe",
+    "describe_domains",
     "describe_sampling",
 ]

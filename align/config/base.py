@@ -34,6 +34,8 @@ class Signal(StrEnum):
     ADVANTAGES = "advantages"  # (P, G) what the weights still in force make of the batch
     GRAM = "gram"  # (K, K) inner products of the objectives' policy gradients
     KL = "kl"  # (P, G) log-ratio to the reference policy, summed over a sample's tokens, nats
+    DOMAINS = "domains"  # (P,) place of each prompt's domain among the names of them; where there are several
+    DOMAIN_GRAM = "domain_gram"  # (J, J) inner products of the domains' mean policy gradients
     LOG_PROBS = "log_probs"  # (3, P, G) of the samples under policy, sampler and reference, nats; for `estimator: dpg`
 
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from align.config.base import unknown_name
+from align.config.domains_rules import domains_problems
 from align.config.dpg_rules import dpg_problems
 from align.config.lagrangian_rules import lagrangian_problems, posed
 from align.config.probe_rules import probe_problems
@@ -23,6 +24,7 @@ def contradictions(config: Keys) -> list[str]:
         *rollout_problems(config),
         *rounds_problems(config),
         *selftrain_problems(config),
+        *domains_problems(config),
         *dpg_problems(config),
     ]
     if config.evaluation.every and config.prompts.evaluation is None:
@@ -44,6 +46,17 @@ def describe(config: Keys) -> str:
         return f"{weighting.type}: optimise {problem.optimize}; {', '.join(held)}"
     weights = "  ".join(f"{name} {weight:g}" for name, weight in config.user_weights.items())
     return f"{weighting.type}: {weights}"
+
+
+def describe_domains(config: Keys) -> list[str]:
+    """The domains of a run in one line, with how often they are sampled and what weighs them; none where there are none."""
+    if not config.train_domains:
+        return []
+    section = config.domains
+    shares = "  ".join(f"{name} {share:.3g}" for name, share in config.train_domains.items())
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in section.weights.items()) if section else ""
+    kind = section.type if section else "fixed"
+    return [f"sampled {shares}; weights {kind}: {weights or 'equal'}{' at first' if kind != 'fixed' else ''}"]
 
 
 def _weights(config: Keys) -> list[str]:

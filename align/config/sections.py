@@ -7,10 +7,11 @@ from pydantic import BeforeValidator, Field, FiniteFloat, NonNegativeInt, Positi
 
 from align.config.advantages import CombinationConfig, EstimatorConfig, GrpoEstimator, SumThenNormalize
 from align.config.base import Name, Section
+from align.config.domains import DomainsConfig
 from align.config.rollout import RolloutConfig
 from align.config.rounds import RoundsConfig
 from align.config.selftrain import SelftrainConfig
-from align.config.weighting import WeightingConfig
+from align.config.weighting import FromGradients, ProbeConfig, WeightingConfig
 from align.trl_options import check_trl_options
 
 # --- the policy -------------------------------------------------------------------------------------------------------
@@ -79,7 +80,26 @@ class FunctionSource(Source):
     """Keyword arguments of the function."""
 
 
-AnySource = Annotated[HubSource | FileSource | FunctionSource, Field(discriminator="type")]
+PlainSource = Annotated[HubSource | FileSource | FunctionSource, Field(discriminator="type")]
+
+
+class MixtureSource(Section):
+    """Several sources, the domains, each with its share of the prompts; rewards see the fields that all of them have."""
+
+    type: Literal["mixture"]
+    sources: dict[Name, PlainSource] = Field(min_length=1)
+    """The domains by name."""
+    shares: dict[Name, Annotated[PositiveFloat, Field(allow_inf_nan=False)]] = {}
+    """How often each is sampled, in proportion, however many prompts it has; equally often when left out."""
+
+    @property
+    def all_shares(self) -> dict[str, float]:
+        """A share of every domain, in the order of `sources`; their sum is 1."""
+        shares = self.shares or dict.fromkeys(self.sources, 1.0)
+        return {name: shares[name] / sum(shares.values()) for name in self.sources}
+
+
+AnySource = Annotated[HubSource | FileSource | FunctionSource | MixtureSource, Field(discriminator="type")]
 
 
 class PromptsConfig(Section):
@@ -87,7 +107,8 @@ class PromptsConfig(Section):
 
     train: AnySource
     evaluation: AnySource | None = None
-    """Held-out prompts; needed unless `evaluation.every` is 0."""
+    """Held-out prompts; needed unless `evaluation.every` is 0. All prompts of a mixture are taken, so `shares` have no place
+    here; means are of all of them, and of each domain besides."""
     chat: bool = False
     """Put string prompts into the tokenizer's chat template as a user message (lists of messages always are)."""
     system: str = ""
@@ -206,6 +227,8 @@ class Keys(Section):
     """Optimiser steps; with `rounds` it is their number, and need not be given."""
     policy: PolicyConfig
     prompts: PromptsConfig
+    domains: DomainsConfig | None = None
+    """Weights of the domains of a mixture on the advantages of their prompts; equal ones when left out."""
     rollout: RolloutConfig = RolloutConfig()
     objectives: dict[Name, ObjectiveConfig] = Field(min_length=1)
     weighting: WeightingConfig
@@ -227,3 +250,13 @@ class Keys(Section):
     def user_weights(self) -> dict[str, float]:
         """The user's share of each objective: `weighting.weights`, or equal ones where the scheme lets them be left out."""
         return dict(self.weighting.weights) or dict.fromkeys(self.objectives, 1.0)
+
+    @property
+    def train_domains(self) -> dict[str, float]:
+        """Share of every domain among the training prompts; none where there is one source."""
+        return self.prompts.train.all_shares if self.prompts.train.type == "mixture" else {}
+
+    @property
+    def probe(self) -> ProbeConfig:
+        """How gradients are measured, for the scheme, for the domains, or for both at once."""
+        return self.weighting.probe if isinstance(self.weighting, FromGradients) else self.domains.probe

@@ -38,7 +38,6 @@ from align.step import objective_metrics
 from align.together import together
 from rewards.answers import Reader
 from rewards.bus import RewardBus
-from rollout.prompts import prompt_order
 from rollout.types import SampleGroup
 
 
@@ -141,7 +140,7 @@ class Rounds:
         """Samples of this round's prompts and their values, and what is to be logged of them."""
         config, processes, start = self.parts.config, self._place.processes, time.perf_counter()
         size, objectives = config.rounds.prompts, objectives_of(config)
-        order = prompt_order(len(self.parts.prompts.train), number * size, config.seed)[-size:]
+        order = self.parts.prompts.order(number * size, config.seed)[-size:]
         share = [self.parts.prompts.train[i] for i in order[self._place.process :: processes]]
         params = training_params(config, number - 1, self._place)
         params = replace(params, first=self._place.process, stride=processes, log_probs=False)
@@ -284,7 +283,7 @@ class Rounds:
             self._rollouts.sync(number)
             params = evaluation_params(config, self._place)
             evaluation = evaluate(self._rollouts.sampler, self._score, parts.prompts.evaluation, params, number)
-            summary = summarize(evaluation.raw_PGK, objectives_of(config))
+            summary = summarize(evaluation.raw_PGK, objectives_of(config), evaluation.domains)
             parts.archive.append(
                 ParetoPoint(
                     number,

@@ -40,6 +40,7 @@ class WeightState:
         kl_weight: Weight of minus the log-ratio to the reference policy, beside those of the objectives.
         remarks: Sentences for the user; each is shown once.
         control: What `estimator: dpg` remembers (`align.control.ControlState`, as JSON); empty under the others.
+        domains: What the weights of prompt domains remember (`align.domains`, tables by domain); empty without domains.
     """
 
     weights_K: tuple[float, ...]
@@ -48,6 +49,7 @@ class WeightState:
     kl_weight: float = 0.0
     remarks: tuple[str, ...] = ()
     control: Mapping[str, Any] = field(default_factory=dict)
+    domains: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON types; floats survive the round trip bit for bit."""
