@@ -1,6 +1,7 @@
 """Several probes by turns on one and the same batch, for `tests/test_probe.py`: python -m tests.probe_run OUT [OVERRIDES].
 
-Writes OUT.RANK, the Gram matrices in the order of PROBES. Samples depend on the prompt alone, the learning rate is 0, and
+Writes OUT.RANK, the Gram matrices in the order of PROBES, of three objectives and two domains, and OUT.RANK.domains, the
+weights of these in the end. Samples depend on the prompt alone, the learning rate is 0, and
 there is one batch of prompts, so that the number of processes makes no difference.
 """
 
@@ -19,9 +20,15 @@ PROBES = (
 )
 WEIGHTING = {"type": "gradient", "probe": {"features": "exact"}}
 TRL = {"learning_rate": 0.0, "gradient_checkpointing": False}
+ARGS = {"split": "train", "count": 2}
+SOURCES = {
+    name: {"type": "function", "function": "rollout.arithmetic:expressions", "args": ARGS | {"terms": [terms]}}
+    for name, terms in (("short", 3), ("long", 4))
+}
 CHANGES = (
     f"--steps={len(PROBES)}", "--evaluation.every=0", f"--weighting={json.dumps(WEIGHTING)}", f"--trl={json.dumps(TRL)}",
-    "--prompts.train.args.count=4", f"--checkpoint.every={len(PROBES)}",
+    f"--prompts.train={json.dumps({'type': 'mixture', 'sources': SOURCES})}", f"--checkpoint.every={len(PROBES)}",
+    "--domains=alignment",
 )  # fmt: skip
 
 
@@ -90,6 +97,7 @@ def main(out: str, changes: list[str]) -> list[list[list[float]]]:
         Probe._keep, LocalSampler.sample = keep, original
     assert learner._probe.waiting_KK is NO_GRAM or learner._probe.ordinary
     Path(f"{out}.{learner.accelerator.process_index}").write_text(json.dumps(grams))
+    Path(f"{out}.{learner.accelerator.process_index}.domains").write_text(json.dumps(learner.weight_state.domains))
     return grams
 
 
