@@ -63,7 +63,7 @@ def evaluate(sampler: Sampler, score: Score, prompts: Sequence[Prompt], params: 
     groups = together(lambda: sampler.sample(share, params))
     local, gathered = score(groups)
     rows = sample_rows(step, groups, local, weights_K=(), advantages_N=())
-    domains = [p.domain for process in range(processes.num_processes) for p in prompts[process :: processes.num_processes]]
+    domains = gather_object([prompt.domain for prompt in share])
     return Evaluation(gathered.raw_NK.reshape(len(prompts), params.samples_per_prompt, -1), gather_object(rows), domains)
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from align.advice import advise
 from align.build import load_prompts, locate_model
 from align.config import describe_domains
+from align.domains import alignment
 from align.load import ConfigError, load_config
 from align.probe import Probe
 from align.weighting.gradient import influence
@@ -156,7 +157,8 @@ def test_one_probe_serves_the_scheme_and_the_domains(make_learner, grams):
     assert difference @ gram @ difference == pytest.approx(0, abs=1e-5 * np.trace(gram))
     named = learner.weight_state.memory["influence"]
     assert list(named.values()) == pytest.approx(influence(gram[:3, :3], cosine=False, self_term=True))
-    assert learner.weight_state.domains["scores"].keys() == {"short", "long"}
+    scores = alignment(gram[3:, 3:], np.array([True, True]), cosine=False, self_term=True)
+    assert learner.weight_state.domains["scores"] == pytest.approx(dict(zip(("short", "long"), scores, strict=True)))
 
 
 def test_the_ordinary_backward_tells_the_same_and_acts_a_batch_later(make_learner, grams, tmp_path):

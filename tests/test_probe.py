@@ -110,8 +110,8 @@ def test_the_gram_matrix_is_that_of_plain_autograd(make_learner, grams, monkeypa
     monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", compare)
     probe_gradients = learner._probe_gradients
 
-    def leave_no_trace(batch):
-        probe_gradients(batch)
+    def leave_no_trace(batch, signals):
+        probe_gradients(batch, signals)
         assert all("probe" in key for key, values in learner._metrics["train"].items() if values)
         assert all(p.grad is None for p in learner.model.parameters())
 
