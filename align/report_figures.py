@@ -56,7 +56,7 @@ def figures_of(objectives: Sequence[Objective], metrics: Sequence[Row], archive:
         sections["missing"] = _missing_figures(metrics, names)
         weighted = [name for name in (*names, "kl") if any(f"weights/{name}" in row for row in metrics)]
         sections["weights"] = [curves("weights", metrics, {name: f"weights/{name}" for name in weighted})]
-        sections["weights"] += _scheme_figures(metrics, names)
+        sections["weights"] += _scheme_figures(metrics, names) + _domain_figures(metrics, names)
         sections["curves"] = [curves(CURVES[key], metrics, {"": key}) for key in CURVES if _is_worth_drawing(metrics, key)]
     return {f"{section}:{i}": chart for section, charts in sections.items() for i, chart in enumerate(charts)}
 
@@ -84,6 +84,18 @@ def curves(title: str, metrics: Sequence[Row], series: Mapping[str, str]) -> Cha
         data.append(line)
     axes = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"rangemode": "tozero" if all(series) else "normal"}}
     return {"title": title, "data": data, "layout": {"showlegend": all(series), **axes}}
+
+
+def _domain_figures(metrics: Sequence[Row], names: Sequence[str]) -> list[Chart]:
+    """Weights of the domains of prompts, and every objective by domain."""
+    weights, *means = "weight", *(f"mean/{name}" for name in names)
+    domains = [key.split("/")[1] for key in metrics[0] if key.startswith("domains/") and key.endswith(f"/{means[0]}")]
+    titles = {weights: "weights of domains"} | {mean: f"{name} by domain" for name, mean in zip(names, means, strict=True)}
+    return [
+        curves(title, metrics, {domain: f"domains/{domain}/{key}" for domain in domains})
+        for key, title in titles.items()
+        if domains and f"domains/{domains[0]}/{key}" in metrics[0]
+    ]
 
 
 def _line(steps: Sequence[int], values: Sequence[float | None], label: str, colour: str) -> dict[str, Any]:

@@ -77,11 +77,7 @@ def take_step(
     observation = Observation(step, seen_PGK, {need: signals[need] for need in rules.scheme.needs if need in signals})
     before, state = state, rules.scheme.update(state, observation)
 
-    advantages_PG = _advantages(rules, streams_PGK, state)
-    constant_PK = _constant(rewards_PGK)
-    silent_P = constant_PK[:, np.array(state.weights_K) != 0].all(axis=1) & (state.kl_weight == 0)
-    if rules.estimator.type != "reinforce":  # against its own mean, a group without differences says nothing
-        advantages_PG[silent_P] = 0.0
+    advantages_PG = _speaking_advantages(rules, rewards_PGK, streams_PGK, state)
     advantages_PG *= state.step_scale
     figures = _of_domains(rules, matrix, signals)
     if Signal.DOMAINS in signals:
@@ -90,7 +86,7 @@ def take_step(
         state, figures = replace(state, domains=weighed.memory), {**figures, **weighed.metrics}
         advantages_PG *= weighed.factors_P[:, None]
 
-    metrics = _metrics(rules.objectives, matrix, state, constant_PK, advantages_PG)
+    metrics = _metrics(rules.objectives, matrix, state, _constant(rewards_PGK), advantages_PG)
     return StepResult(advantages_PG, state, {**metrics, **figures})
 
 
@@ -122,8 +118,9 @@ def advantages_alone(rules: StepRules, matrix: RewardMatrix) -> np.ndarray:
 def advantages_in_force(
     rules: StepRules, state: WeightState, matrix: RewardMatrix, signals: Mapping[Signal, np.ndarray]
 ) -> np.ndarray:
-    """Advantages (P, G) that the weights of a state make of a batch, without weights of domains."""
-    return _advantages(rules, _with_kl(_rewards(rules, matrix), signals), state)
+    """Advantages (P, G) that the weights of a state make of a batch, without the step scale and weights of domains."""
+    rewards_PGK = _rewards(rules, matrix)
+    return _speaking_advantages(rules, rewards_PGK, _with_kl(rewards_PGK, signals), state)
 
 
 def _rewards(rules: StepRules, matrix: RewardMatrix) -> np.ndarray:
@@ -167,6 +164,17 @@ def _with_kl(rewards_PGK: np.ndarray, signals: Mapping[Signal, np.ndarray]) -> n
 def _advantages(rules: StepRules, streams_PGK: np.ndarray, state: WeightState) -> np.ndarray:
     weights = np.array([*state.weights_K, state.kl_weight])[: streams_PGK.shape[2]]
     return combine(streams_PGK, weights, rules.estimator, rules.combination)
+
+
+def _speaking_advantages(
+    rules: StepRules, rewards_PGK: np.ndarray, streams_PGK: np.ndarray, state: WeightState
+) -> np.ndarray:
+    """Advantages, 0 in groups that say nothing."""
+    advantages_PG = _advantages(rules, streams_PGK, state)
+    silent_P = _constant(rewards_PGK)[:, np.array(state.weights_K) != 0].all(axis=1) & (state.kl_weight == 0)
+    if rules.estimator.type != "reinforce":  # against its own mean, a group without differences says nothing
+        advantages_PG[silent_P] = 0.0
+    return advantages_PG
 
 
 def _constant(rewards_PGK: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from align.config import describe_domains
 from align.domains import alignment
 from align.load import ConfigError, load_config
 from align.probe import Probe
+from align.report_figures import figures_of
 from align.weighting.gradient import influence
 from tests.conftest import QUICKSTART, ROOT, overrides, read_lines
 
@@ -97,6 +98,11 @@ def test_excess_is_what_the_log_and_a_loop_say(make_learner, tmp_path):
         for name, weight in weights.items():
             assert row[f"domains/{name}/weight"] == pytest.approx(weight)
     assert weights["short"] > 0.6
+    charts = figures_of(
+        learner.parts.rules.objectives, read_lines(tmp_path / "run" / "metrics.jsonl"), learner.parts.archive
+    )
+    drawn = {chart["title"]: [line["name"] for line in chart["data"]] for chart in charts.values()}
+    assert drawn["weights of domains"] == drawn["brevity by domain"] == ["short", "long"]
     table = sampled(learner)
     own = (domains_of(table["prompt_id"]) == "long") & (np.array(table["step"]) == 3)
     assert np.mean(np.array(table["value/brevity"])[own]) == pytest.approx(row["domains/long/mean/brevity"])
