@@ -48,7 +48,7 @@ def evaluate_policies(target: str, config_path: str, checkpoints: str, json_path
         summaries = _evaluate(policies, config, run or Path(folder))
     print(_table(summaries, config))
     if json_path:
-        figures = {name: {key: _without_nan(table) for key, table in vars(s).items()} for name, s in summaries.items()}
+        figures = {n: {key: _without_nan(table) for key, table in vars(s).items() if table} for n, s in summaries.items()}
         Path(json_path).write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return 0
 

@@ -9,9 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from align.advice import advise
-from align.build import load_prompts, locate_model
+from align.archive import Archive, ParetoPoint, read_points
+from align.build import load_prompts, locate_model, objectives_of
 from align.config import describe_domains
 from align.domains import alignment
+from align.evaluate import summarize
+from align.evaluate_policies import _table
 from align.load import ConfigError, load_config
 from align.probe import Probe
 from align.report_figures import figures_of
@@ -287,6 +290,21 @@ def test_fields_that_a_reward_needs_must_be_in_every_domain(tmp_path):
     (tmp_path / "words.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"prompts\.train\.sources\.words: row 1 has no field 'question'"):
         load_prompts(config, tokenizer, 256)
+
+
+def test_means_of_domains_are_in_the_table_and_in_the_archive(tmp_path):
+    config, nothing = load_config(DOMAINS), float("nan")
+    raw = np.array([[[0.0, 0.5]], [[1.0, 0.7]], [[nothing, 0.9]]])
+    summary = summarize(raw, objectives_of(config), ["short", "short", "long"])
+    assert summary.domains["short"] == pytest.approx({"accuracy": 0.5, "brevity": 0.6})
+    lines = _table({"step 3": summary}, config).splitlines()
+    assert [line.split() for line in lines[-2:]] == [["nan", "0.900", "long"], ["0.500", "0.600", "short"]]
+    Archive(tmp_path / "archive.jsonl", objectives_of(config), {}, writes=True).append(
+        ParetoPoint(3, **vars(summary), prompts=3, samples=3, checkpoint="")
+    )
+    (point,) = read_points(tmp_path / "archive.jsonl")
+    assert point.domains["short"] == summary.domains["short"]
+    assert np.isnan(point.domains["long"]["accuracy"])
 
 
 def test_what_is_said_of_domains():
