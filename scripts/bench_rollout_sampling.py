@@ -191,11 +191,14 @@ def balance(setting: Setting) -> dict[str, Any]:
             for i in range(setting.rounds):
                 prompts, params = uneven_prompts(setting, i), params_of(max_tokens=setting.longest, seed=i)
                 requests = sampler._requests(prompts, params)
-                with watched(sampler, walls["ours"], busy["ours"]):
-                    made = iter(drawn(sampler, prompts, params)[1])
+                made = iter(drawn(sampler, prompts, params)[1])
                 costs = [len(r["prompt"]) + sum(len(next(made).token_ids) for _ in range(r["n"])) for r in requests]
-                with watched(sampler, walls["hindsight"], busy["hindsight"]):
-                    asyncio.run(by_hindsight(sampler, requests, costs, concurrent))
+                for name in in_turn(("ours", "hindsight"), i):
+                    with watched(sampler, walls[name], busy[name]):
+                        if name == "ours":
+                            drawn(sampler, prompts, params)
+                        else:
+                            asyncio.run(by_hindsight(sampler, requests, costs, concurrent))
                 say(f"round {i}, {case}: {walls['ours'][-1]:.2f} s, by hindsight {walls['hindsight'][-1]:.2f} s")
             figures[case] = {
                 "in_flight_per_server": concurrent,
@@ -227,9 +230,9 @@ def watched(sampler: VllmSampler, walls: list[float], busy: list[float]) -> Iter
 
 
 async def by_hindsight(sampler: VllmSampler, requests: Sequence[dict], costs: Sequence[int], concurrent: int) -> None:
-    """Send every request to the server that the true costs assign it to."""
-    shares = longest_first(costs, len(sampler.servers))
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, limit_per_host=concurrent)) as session:
+    """Send every request to the server that the true costs assign it to, as many samples at a time as ours sends."""
+    shares, at_once = longest_first(costs, len(sampler.servers)), max(1, concurrent // max(r["n"] for r in requests))
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, limit_per_host=at_once)) as session:
         pairs = [(server, requests[i]) for server, share in zip(sampler.servers, shares, strict=True) for i in share]
         await asyncio.gather(*(server.complete(session, request) for server, request in pairs))
 

@@ -20,6 +20,7 @@ from tests.conftest import QUICKSTART, ROOT, environment, read_lines
 
 CONFIG = str(ROOT / "configs" / "rounds.yaml")
 TINY = (
+    '--selftrain.filter={"at_least": {"accuracy": 1.0}}',
     "--rounds.count=2",
     "--rounds.prompts=8",
     "--rounds.batch_size=8",

@@ -87,6 +87,11 @@ def _updates(config: Keys) -> list[str]:
             f"trl.loss_type={loss} does not treat all tokens of a batch alike, as the gradient of estimator.type=dpg does: "
             f"take {' or '.join(EVEN_LOSSES)}"
         )
+    if config.selftrain is not None and config.rounds is None:
+        problems.append(
+            "selftrain pulls towards samples that pass a filter, and estimator.type=dpg would miss its target: remove one; "
+            "what a filter asks for can be a target too (estimator.always)"
+        )
     for key, (neutral, why) in CHANGES.items():
         if key in trl and trl[key] != neutral:
             problems.append(f"trl.{key}={trl[key]} {why}, and estimator.type=dpg would miss its target: leave it out")
