@@ -146,7 +146,7 @@ def test_two_processes_have_one_target_and_each_its_own_advantages(launch, tmp_p
         (["--rollout.correction=truncate"], "rollout.correction=truncate: .* would count twice; leave it out"),
         (["--learner.updates_per_batch=2"], "learner.updates_per_batch=2: .* so a batch serves for one: set it to 1"),
         (["--learner.iterations_per_batch=2"], "learner.iterations_per_batch=2"),
-        (["--selftrain={term: {}}"], "selftrain pulls towards samples that pass a filter, and estimator.type=dpg would miss"),
+        (["--selftrain={term: {}}"], "selftrain pulls towards samples that pass a filter, and .* would miss its target"),
         (["--trl.loss_type=grpo"], "trl.loss_type=grpo does not treat all tokens of a batch alike"),
         (["--trl.beta=0.1"], "trl.beta=0.1 is a second pull towards the first policy"),
         (["--trl.mask_truncated_completions=true"], "leaves out samples that the target has"),

@@ -188,7 +188,7 @@ def test_answers_need_a_reward_that_reads_them():
         ("--selftrain.weights=shuffled", "there are no other weights to shuffle"),
         ("--selftrain.weights=[shuffled, entropy]", "selftrain.weights[0]: shuffled deals out the weights of the others"),
         ("--selftrain.weights={type: feasible, threshold: 1, rate: 2, leak: 1}", "rate=2.0 times leak=1.0 is not below 2"),
-        ("--selftrain.weights={type: importance, trusted: t, share: 0.05}", "kept needs weights of 20, above selftrain.cap=10"),
+        ("--selftrain.weights={type: importance, trusted: t, share: 0.05}", "needs weights of 20, above selftrain.cap=10"),
         ("--selftrain.weights={type: tilt, means: {short: 1}}", "selftrain.weights[0].means: unknown objective 'short'"),
         ("--rounds=null", "selftrain: nothing here trains on the policy's samples"),
         ("--selftrain=null", "selftrain is missing"),
