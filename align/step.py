@@ -77,7 +77,8 @@ def take_step(
         advantages_PG[silent_P] = 0.0
     advantages_PG *= state.step_scale
 
-    return StepResult(advantages_PG, state, _metrics(rules.objectives, matrix, state, constant_PK, advantages_PG))
+    metrics = _metrics(rules.objectives, matrix, state, constant_PK, advantages_PG)
+    return StepResult(advantages_PG, state, {**metrics, **_observed_gram(rules, observation)})
 
 
 def _take_control_step(
@@ -118,6 +119,20 @@ def objective_metrics(matrix: RewardMatrix) -> dict[str, float]:
         metrics[f"objectives/{objective.name}/std"] = float(np.ma.filled(raw_NK[:, k].std(ddof=1), np.nan))
         metrics[f"objectives/{objective.name}/missing"] = float(matrix.missing_NK[:, k].mean())
     return metrics
+
+
+def gram_keys(objectives: Sequence[Objective]) -> dict[str, tuple[int, int]]:
+    """Metric -> row and column of the inner product of two gradients that the scheme looked at, each pair once."""
+    names = [objective.name for objective in objectives]
+    return {f"gram/{a}/{names[j]}": (i, j) for i, a in enumerate(names) for j in range(i, len(names))}
+
+
+def _observed_gram(rules: StepRules, observation: Observation) -> dict[str, float]:
+    """What the scheme saw of the gradients; with it all that a scheme sees is in the run folder."""
+    if Signal.GRAM not in observation.signals:
+        return {}
+    gram_KK = observation.signals[Signal.GRAM]
+    return {key: float(gram_KK[place]) for key, place in gram_keys(rules.objectives).items()}
 
 
 def _with_kl(rewards_PGK: np.ndarray, signals: Mapping[Signal, np.ndarray]) -> np.ndarray:
