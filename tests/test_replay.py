@@ -167,7 +167,7 @@ def test_closeness_to_the_reference_is_a_weight_too(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--weighting.type=gradient"], "inner products of the objectives' gradients, and metrics.jsonl of the run has none"),
+        (["--weighting.type=gradient"], "of the objectives' gradients, and metrics.jsonl of the run has none"),
         (["--weighting.type=hypervolume"], "looks at held-out vectors, and archive.jsonl of the run has none"),
         (["--steps=3"], "--steps=3: a replay changes weighting and combination alone"),
         (["--weighting.type=none"], "weighting.type: 'none' does not exist"),
