@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def add_replay_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,3 +38,34 @@ def merge(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from align.merge import merge
 
     return merge(options.models, options.output, options.weights, options.grid, options.method, options.base)
+
+
+def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `paretune sweep`; `--key=value` changes a key of every run."""
+    parser.add_argument("config", metavar="FILE", help="configuration (YAML) that all runs start from")
+    parser.add_argument(
+        "--grid",
+        metavar="KEY=VALUE,VALUE",
+        action="append",
+        default=[],
+        help="values of a key, separated by commas or bars; several of these are multiplied",
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="one run of every point for each (default: 0)")
+    parser.add_argument("--output", metavar="DIR", required=True, help="the run folders are made in it")
+    parser.add_argument("--processes", type=int, default=1, help="learner processes of a run (default: 1)")
+    parser.add_argument(
+        "--launch", metavar="COMMAND", default="", help="launcher, as in 'accelerate launch --config_file FILE'"
+    )
+    parser.add_argument("--print", action="store_true", help="print one command per line for a scheduler, and run nothing")
+    parser.add_argument("--no-front", action="store_true", help="do not end with `paretune front`")
+
+
+def sweep(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Run a grid. Raises ValueError for what the user can mend."""
+    from align.sweep import Sweep, sweep
+
+    asked = Sweep(
+        options.config, options.grid, options.seeds, Path(options.output), options.processes, options.launch,
+        prints=options.print, front=not options.no_front,
+    )  # fmt: skip
+    return sweep(asked, overrides)
