@@ -82,6 +82,14 @@ def test_a_missing_value_is_not_0(tmp_path):
     assert found.replayed["weights/accuracy"] == pytest.approx([1 / 3])
 
 
+def test_a_log_with_a_value_missing_that_may_not_be_missing_now(tmp_path):
+    """A resumed run may have another policy for missing values than the one that it began with."""
+    values = [[np.nan, 0.0], [0.0, 0.25], [1.0, 0.25], [1.0, 0.25]]  # accuracy is not to be missing: the sample is left out
+    found = replayed(make_run(tmp_path / "run", [values]), "--weighting.type=saturation")
+    assert found.replayed["weighting/saturation/brevity"] == [0.25]
+    assert found.replayed["weighting/saturation/accuracy"] == pytest.approx([2 / 3])
+
+
 def test_held_out_vectors_are_seen_when_the_run_saw_them(tmp_path):
     run = make_run(tmp_path / "run", [ONE, ONE, ONE])
     objectives = objectives_of(load_config(str(run / "config.json")))
