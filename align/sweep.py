@@ -1,5 +1,6 @@
 """`paretune sweep`: a grid of runs over keys of a configuration and seeds, one after another or printed. No torch."""
 
+import hashlib
 import json
 import re
 import shlex
@@ -19,7 +20,7 @@ from align.load import load_config
 from align.runfolder import different_keys, is_finished
 
 NEW, STOPPED, COMPLETE = "new", "stopped", "complete"
-LONGEST = 80  # characters of a folder's name that stand for the values of a point
+LONGEST = 80  # characters of a folder's name that stand for the values of a point; a hash follows where there are more
 POLL = 0.2  # seconds between looks at a run
 
 
@@ -158,12 +159,14 @@ def folder_name(chosen: Sequence[tuple[str, str]]) -> str:
     """What stands for the values of a point in the name of its folder, with a dash at the end; "" for no values."""
     parts = []
     for key, value in chosen:
-        said = re.sub(r"[^A-Za-z0-9.+-]+", "-", value).strip("-")
-        names_itself = value[0] in "{[" or (value[0].isalpha() and value not in ("true", "false", "null"))
+        is_table = value[0] in "{["
+        words = re.sub(r"\b(type|weights)\b", "", value) if is_table else value
+        said = re.sub(r"[^A-Za-z0-9.+-]+", "-", words).strip("-")
+        names_itself = is_table or (value[0].isalpha() and value not in ("true", "false", "null"))
         parts.append(said if names_itself else f"{key.rpartition('.')[2]}-{said}")
     name = "-".join(parts)
     if len(name) > LONGEST:
-        raise ValueError(f"the values {name} are too long for the name of a folder (more than {LONGEST} characters)")
+        name = f"{name[:LONGEST].strip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
     return f"{name}-" if name else ""
 
 
@@ -202,7 +205,7 @@ def _launcher(asked: Sweep) -> list[str]:
 def _run_all(points: Sequence[Point], launcher: Sequence[str], config: str) -> list[Point]:
     """Run the points one after another; those that failed."""
     failed = []
-    bar = tqdm(total=sum(point.config.steps for point in points), unit="step", disable=not points)
+    bar = tqdm(total=sum(point.config.steps for point in points), unit="step", disable=None)
     for number, point in enumerate(points, 1):
         before, start = bar.n, time.perf_counter()
         bar.set_description(f"{number}/{len(points)} {point.folder.name}")
