@@ -319,12 +319,13 @@ def draw_front(path: Path, archive: Archive, objectives: Sequence[Objective]) ->
         why = "no evaluated policy has a value for every objective" if archive.points else "no policy has been evaluated"
         axes.text(0.5, 0.5, why, ha="center", color=MUTED, fontsize=13)
     else:
-        _style(axes)
+        style_axes(axes)
         (_draw_plane if len(objectives) > 1 else _draw_values)(axes, archive, objectives)
     figure.savefig(path)
 
 
-def _style(axes: Axes) -> None:
+def style_axes(axes: Axes) -> None:
+    """Few lines, and letters that can be read."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
     axes.grid(color="#e6e8eb", linewidth=0.8)

@@ -81,9 +81,22 @@ def _reopen(folder: Path, config_path: str, overrides: Sequence[str]) -> Run:
             f"--resume: {checkpoint} was written by {state.processes} processes, this is {processes()}: launch with "
             f"--num_processes {state.processes}"
         )
-    owed = Schedule(config.steps, config.evaluation.every, config.checkpoint.every).evaluates_at(step)
-    owed = owed and step not in _evaluated(folder / "archive.jsonl")
+    owed = _owes_evaluation(config, folder, step)
     return Run(config, folder, True, str(checkpoint), finished=step >= config.steps and not owed, evaluates_first=owed)
+
+
+def is_finished(config: Config, folder: Path) -> bool:
+    """Whether a run folder holds all steps of a configuration, and the evaluation of the last."""
+    checkpoints = complete_checkpoints(folder / "checkpoints")
+    return (
+        bool(checkpoints) and checkpoints[-1][0] >= config.steps and not _owes_evaluation(config, folder, checkpoints[-1][0])
+    )
+
+
+def _owes_evaluation(config: Config, folder: Path, step: int) -> bool:
+    """Whether the policy of a checkpoint is still to be evaluated."""
+    due = Schedule(config.steps, config.evaluation.every, config.checkpoint.every).evaluates_at(step)
+    return due and step not in _evaluated(folder / "archive.jsonl")
 
 
 def _begun(config: Config, folder: Path, resumed: bool) -> Run:
@@ -99,10 +112,14 @@ def _evaluated(archive: Path) -> set[int]:
     return steps
 
 
-def _refuse_other_config(own: Config, given: Config, folder: Path) -> None:
+def different_keys(own: Config, given: Config) -> list[str]:
+    """Keys in which two configurations are not of one run."""
     a, b = (_flatten(config.settled()) for config in (own, given))
-    different = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
-    if different:
+    return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
+
+
+def _refuse_other_config(own: Config, given: Config, folder: Path) -> None:
+    if different := different_keys(own, given):
         raise ValueError(
             f"--resume: {folder} was started with another configuration (differs in {', '.join(different[:5])}): leave that "
             "away (only steps, objectives.*.missing and where vLLM runs can change), or start a new run in another --output"

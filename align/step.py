@@ -87,7 +87,7 @@ def take_step(
         advantages_PG *= weighed.factors_P[:, None]
 
     metrics = _metrics(rules.objectives, matrix, state, _constant(rewards_PGK), advantages_PG)
-    return StepResult(advantages_PG, state, {**metrics, **figures})
+    return StepResult(advantages_PG, state, {**metrics, **_observed_gram(rules, observation), **figures})
 
 
 def _take_control_step(
@@ -150,6 +150,20 @@ def _of_domains(rules: StepRules, matrix: RewardMatrix, signals: Mapping[Signal,
         for domain, means_K in zip(rules.domains.names, means_JK, strict=True)
         for objective, mean in zip(rules.objectives, means_K, strict=True)
     }
+
+
+def gram_keys(objectives: Sequence[Objective]) -> dict[str, tuple[int, int]]:
+    """Metric -> row and column of the inner product of two gradients that the scheme looked at, each pair once."""
+    names = [objective.name for objective in objectives]
+    return {f"gram/{a}/{names[j]}": (i, j) for i, a in enumerate(names) for j in range(i, len(names))}
+
+
+def _observed_gram(rules: StepRules, observation: Observation) -> dict[str, float]:
+    """What the scheme saw of the gradients; with it all that a scheme sees is in the run folder."""
+    if Signal.GRAM not in observation.signals:
+        return {}
+    gram_KK = observation.signals[Signal.GRAM]
+    return {key: float(gram_KK[place]) for key, place in gram_keys(rules.objectives).items()}
 
 
 def _with_kl(rewards_PGK: np.ndarray, signals: Mapping[Signal, np.ndarray]) -> np.ndarray:
