@@ -3,9 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -13,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from align.archive import hypervolume_share, reference_vector, scaled_vector
-from align.build import base_model, build_bus, load_prompts, load_tokenizer, locate_model, objectives_of
+from align.build import load_prompts, load_tokenizer, locate_model, objectives_of
 from align.checkpoint import complete_checkpoints
 from align.config import Config
 from align.engine import check_engine
@@ -79,32 +77,18 @@ def _evaluate(policies: Sequence[Policy], config: Config, folder: Path) -> "dict
     Raises:
         ValueError: A policy, prompt or reward cannot be had, or the engine samples with none of the weights.
     """
-    from align.engine import open_engine
-    from align.evaluate import evaluate, summarize
-    from align.loaded import LoadedPolicy
-    from align.push import Pusher
-    from align.scoring import score_together
-    from rollout.sampler import RolloutError
+    from align.evaluate import summarize
+    from align.evaluator import open_evaluator
 
     first = policies[0].path
     tokenizer, context = load_tokenizer(first, config)
     prompts = load_prompts(config, tokenizer, context)
     summaries = {}
-    with closing(build_bus(config, prompts.columns)) as bus, ExitStack() as stack:
-        score = partial(score_together, bus, config=config.scoring, pause=lambda: None, stop=lambda: False)
-        try:
-            engine = open_engine(config, prompts, tokenizer, base_model(first), folder)
-            stack.callback(engine.close)
-            loaded = LoadedPolicy(config, first, tokenizer.eos_token_id)
-            sampler = stack.enter_context(closing(engine.sampler(loaded)))
-            pusher = Pusher(config, prompts.evaluation, len(tokenizer), loaded, sampler)
-            for number, policy in enumerate(policies):
-                loaded.load(policy.path)
-                pusher.push(number)
-                found = evaluate(sampler, score, prompts.evaluation, evaluation_params(config, Place()), step=number)
-                summaries[policy.name] = summarize(found.raw_PGK, objectives_of(config))
-        except RolloutError as error:
-            raise ValueError(f"{error} (--rollout.engine=transformers samples without servers)") from error
+    with open_evaluator(config, prompts, tokenizer, first, folder) as evaluator:
+        for number, policy in enumerate(policies):
+            evaluator.take(policy.path, number)
+            found = evaluator.evaluate(evaluation_params(config, Place()), step=number)
+            summaries[policy.name] = summarize(found.raw_PGK, objectives_of(config))
     return summaries
 
 

@@ -100,7 +100,7 @@ def _evaluated(archive: Path) -> set[int]:
 
 
 def _refuse_other_config(own: Config, given: Config, folder: Path) -> None:
-    a, b = (_flatten(config.settled()) for config in (own, given))
+    a, b = (flatten(config.settled()) for config in (own, given))
     different = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
     if different:
         raise ValueError(
@@ -109,10 +109,10 @@ def _refuse_other_config(own: Config, given: Config, folder: Path) -> None:
         )
 
 
-def _flatten(table: dict, prefix: str = "") -> dict[str, object]:
+def flatten(table: dict, prefix: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, value in table.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
 
 
