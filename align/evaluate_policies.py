@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,9 +17,7 @@ from align.engine import check_engine
 from align.launch import quiet
 from align.load import load_config
 from align.sampling import Place, evaluation_params
-
-if TYPE_CHECKING:
-    from align.evaluate import Summary
+from align.summary import Summary, summarize
 
 
 @dataclass(frozen=True)
@@ -71,13 +68,12 @@ def _policies_of(run: Path, config: Config, checkpoints: str) -> list[Policy]:
     return chosen
 
 
-def _evaluate(policies: Sequence[Policy], config: Config, folder: Path) -> "dict[str, Summary]":
+def _evaluate(policies: Sequence[Policy], config: Config, folder: Path) -> dict[str, Summary]:
     """Figures by name: all are sampled by the engine of the configuration, one after another, on equal seeds.
 
     Raises:
         ValueError: A policy, prompt or reward cannot be had, or the engine samples with none of the weights.
     """
-    from align.evaluate import summarize
     from align.evaluator import open_evaluator
 
     first = policies[0].path
@@ -92,7 +88,7 @@ def _evaluate(policies: Sequence[Policy], config: Config, folder: Path) -> "dict
     return summaries
 
 
-def _table(summaries: "dict[str, Summary]", config: Config) -> str:
+def _table(summaries: dict[str, Summary], config: Config) -> str:
     """One row per policy: mean +- standard error of every objective, and the hypervolume of the policy alone."""
     objectives = objectives_of(config)
     reference_K = reference_vector(config.evaluation.reference, objectives)

@@ -1,6 +1,5 @@
 """Evaluations that were made before, one parquet file each, named by the hash of all that made it."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from align.runlog import write_parquet
-
-
-def default_cache() -> Path:
-    """Where evaluations are kept unless the user says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "paretune" / "evaluations"
 
 
 class Cache:

@@ -1,4 +1,4 @@
-"""What made a policy: runs that differ in nothing but their seed are runs of one method; and what runs must have in common."""
+"""What made a policy: runs that differ in nothing but their seed are runs of one method; what runs must have in common."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ NO_METHOD = (  # what two runs of one method may differ in
     "seed", "evaluation.", "checkpoint.", "prompts.evaluation.", "rollout.engine.", "rollout.lookahead", "trl.report_to",
     "trl.logging_steps", "trl.run_name", "learner.micro_batch_size", "objectives.",
 )  # fmt: skip
-MEASURED = ("prompts.chat", "prompts.system", "prompts.evaluation", "rollout.max_tokens", "policy.dtype")
+MEASURED = ("prompts.chat", "prompts.system", "rollout.max_tokens", "policy.dtype")
 MAX_KEYS = 3  # that tell two methods of one label apart
 
 
@@ -65,13 +65,12 @@ def check_objectives(candidates: Sequence[Candidate]) -> None:
                     )
 
 
-def note_differences(candidates: Sequence[Candidate], config: Config, own: bool, notes: Notes) -> None:
+def note_differences(candidates: Sequence[Candidate], config: Config, notes: Notes) -> None:
     """Note what runs were trained with otherwise than they are evaluated, and which have seen the prompts before.
 
     Args:
         candidates: The policies.
         config: That they are evaluated by.
-        own: Whether the prompts are the evaluation prompts of the runs.
         notes: Gets the sentences.
     """
     runs = {c.run: c.config for c in candidates if c.config}
@@ -81,12 +80,14 @@ def note_differences(candidates: Sequence[Candidate], config: Config, own: bool,
         keys = [key for key in wanted if key.startswith(MEASURED) and key in flat and flat[key] != wanted[key]]
         for key in keys:
             notes.add(f"{run} has {key}={flat[key]}; it is evaluated with {wanted[key]}")
-    seen = [run for run, other in runs.items() if own and _has_looked(other)]
+    seen = [
+        run for run, other in runs.items() if other.prompts.evaluation == config.prompts.evaluation and _has_looked(other)
+    ]
     if seen:
         some = ", ".join(seen[:3]) + (f" and {len(seen) - 3} more" if len(seen) > 3 else "")
         notes.add(
-            f"{some}: checkpoints were kept, or weights moved, by values on these very prompts; an evaluation source that no "
-            "run has seen (--prompts.evaluation=...) measures without that advantage"
+            f"{some}: checkpoints were kept, or weights moved, by values on these very prompts; an evaluation source that "
+            "no run has seen (--prompts.evaluation=...) measures without that advantage"
         )
 
 

@@ -63,8 +63,8 @@ def find_candidates(targets: Sequence[str], checkpoints: str, notes: Notes) -> l
     """The policies that the arguments of a command name; those named twice once.
 
     Args:
-        targets: Each a run folder, a checkpoint, a model folder, a folder of model folders (the points of one run), a hub name
-            or `builtin:...`; with `LABEL=` in front of it to name the method.
+        targets: Each a run folder, a checkpoint, a model folder, a folder of model folders (the points of one run), a hub
+            name or `builtin:...`; with `LABEL=` in front of it to name the method.
         checkpoints: Of a run folder: `last`, `all`, or steps with commas, 0 being the policy it started from.
         notes: Gets what was passed over.
 
@@ -143,8 +143,8 @@ def check_policy(path: str) -> None:
     base = base_model(path)
     if base != path and not Path(base).is_dir() and (base.startswith(("/", ".", "~")) or base.count("/") != 1):
         raise ValueError(
-            f"{path} holds LoRA weights of {base}, which is not there: put it back, or correct base_model_name_or_path in its "
-            "adapter_config.json"
+            f"{path} holds LoRA weights of {base}, which is not there: put it back, or correct base_model_name_or_path in "
+            "its adapter_config.json"
         )
     for place in dict.fromkeys((path, base)):
         if not Path(place).is_dir() and not hub_commit(place, "main") and _offline():

@@ -159,7 +159,7 @@ class Yardstick:
         """Indices of the front of all points, chosen on validation; IGD+ and epsilon are measured from it."""
         return nondominated_rows(self.validation_MK)
 
-    def indicators(self, runs: Sequence[np.ndarray], resamples: int = RESAMPLES) -> dict[str, Interval]:
+    def indicators(self, runs: Sequence[np.ndarray]) -> dict[str, Interval]:
         """Every indicator of a method: the mean over its runs, each a set of points (their indices).
 
         Of each run the points count that are not dominated on validation, with their vectors on test. Everything else
@@ -167,7 +167,7 @@ class Yardstick:
         and epsilon are measured from the front found here, taken as given but for the noise of its vectors: for a method
         that makes up that front itself they are about its runs at hand, not about others of other seeds.
         """
-        validation_MK, test_BMK = self.validation_MK, self.test_BMK[: 1 + resamples]
+        validation_MK, test_BMK = self.validation_MK, self.test_BMK
         targets_ZK, targets_BZK = validation_MK[self.front_M], test_BMK[:, self.front_M]
         weights_WK, none_B0K = _weights(validation_MK.shape[1]), test_BMK[:, :0]
         columns: dict[str, list[np.ndarray]] = {name: [] for name in INDICATORS}
