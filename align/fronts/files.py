@@ -100,8 +100,8 @@ def table_of(front: Mapping[str, Any]) -> str:
     lines = [
         f"# Front of {len(front['points'])} policies",
         "",
-        f"Chosen on {counts['validation']} validation prompts; means ± one standard error on {counts['test']} others, the test "
-        f"prompts, with sampling seeds {', '.join(map(str, front['seeds']))}.",
+        f"Chosen on {counts['validation']} validation prompts; means ± one standard error on {counts['test']} others, the "
+        f"test prompts, with sampling seeds {', '.join(map(str, front['seeds']))}.",
         "",
         *_table(["policy", "method", "chosen", *titles], points),
         "",
@@ -111,8 +111,7 @@ def table_of(front: Mapping[str, Any]) -> str:
         "",
         *_dominance(front),
         f"The front chosen on validation has a hypervolume of {_number(bias['hypervolume_on_validation'])} on test. Choosing "
-        f"on test would have reported {_number(bias['hypervolume_on_test'])}, which is too large by about "
-        f"{_number(bias['bias'])}.",
+        f"on test would have reported {_number(bias['hypervolume_on_test'])}, with a bias of about {bias['bias']:+.3f}.",
         *(["", "## Notes", "", *(f"* {_cell(note)}" for note in front["notes"])] if front["notes"] else []),
     ]
     return "\n".join(lines) + "\n"
@@ -130,11 +129,8 @@ def _dominance(front: Mapping[str, Any]) -> list[str]:
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     cells = [[_cell(cell) for cell in row] for row in rows]
-    return [
-        f"| {' | '.join(map(_cell, titles))} |",
-        "|---" * len(titles) + "|",
-        *(f"| {' | '.join(row)} |" for row in cells),
-    ]
+    head = [[_cell(title) for title in titles], ["---"] * len(titles)]
+    return [f"| {' | '.join(row)} |" for row in head + cells]
 
 
 def _cell(text: str) -> str:

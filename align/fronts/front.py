@@ -34,7 +34,7 @@ class Asked:
 
 def front(asked: Asked) -> int:
     """Write the front and print its tables. Raises ValueError for what the user can mend."""
-    found, data = make_front(asked)
+    found, _ = make_front(asked)
     print(table_of(found))
     print(f"{asked.output}: front.json, front.csv, front.md, front.png")
     return 0
@@ -53,9 +53,8 @@ def make_front(asked: Asked) -> tuple[dict[str, Any], Measured]:
     candidates = name_methods(candidates)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
-    found = evaluate_all(
-        [c.path for c in candidates], Wanted(config, asked.seeds, asked.validation, asked.test), asked.cache
-    )
+    wanted = Wanted(config, asked.seeds, asked.validation, asked.test)
+    found = evaluate_all([c.path for c in candidates], wanted, asked.cache)
     said = len(notes)
     for note in found.notes:
         notes.add(note)
@@ -77,8 +76,6 @@ def _config(asked: Asked, candidates: Sequence[Candidate]) -> Config:
         return load_config(asked.config, asked.overrides)
     runs = [c.run for c in candidates if c.run]
     if not runs:
-        raise ValueError(
-            f"{asked.targets[0]} is not a run folder, so the objectives and prompts must come from --config FILE"
-        )
+        raise ValueError(f"{asked.targets[0]} is no run folder, so the objectives and prompts must come from --config FILE")
     check_objectives(candidates)
     return load_config(str(Path(runs[0]) / "config.json"), asked.overrides)

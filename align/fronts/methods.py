@@ -80,9 +80,8 @@ def note_differences(candidates: Sequence[Candidate], config: Config, notes: Not
         keys = [key for key in wanted if key.startswith(MEASURED) and key in flat and flat[key] != wanted[key]]
         for key in keys:
             notes.add(f"{run} has {key}={flat[key]}; it is evaluated with {wanted[key]}")
-    seen = [
-        run for run, other in runs.items() if other.prompts.evaluation == config.prompts.evaluation and _has_looked(other)
-    ]
+    prompts = config.prompts.evaluation
+    seen = [run for run, other in runs.items() if other.prompts.evaluation == prompts and _has_looked(other)]
     if seen:
         some = ", ".join(seen[:3]) + (f" and {len(seen) - 3} more" if len(seen) > 3 else "")
         notes.add(

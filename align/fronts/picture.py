@@ -39,10 +39,8 @@ def _draw_points(
     plain_axes(axes)
     archived = {p["id"]: _archived(p) for p in points}
     vectors_MK = np.array([a.vector_K(objectives) for a in archived.values()])
-    x, y = (
-        [objectives[k] for k in ranked_objectives(vectors_MK, objectives)[:2]]
-        if len(objectives) > 1
-        else (objectives[0],) * 2
+    first, *others = [objectives[k] for k in ranked_objectives(vectors_MK, objectives)]
+    x, y = first, [*others, first][0]
     )
     chosen = [archived[p["id"]] for p in points if p["on_front"]]
     if len(objectives) > 1:
@@ -78,6 +76,4 @@ def _draw_curves(
         axes.plot(xs, volumes, color=colour, marker=marker, markersize=4, linewidth=1.6, label=method)
         low, high = ([np.nan if row[key] is None else row[key] for row in curve] for key in ("low", "high"))
         axes.fill_between(xs, low, high, color=colour, alpha=0.12, linewidth=0)
-    axes.set(
-        xlabel={"samples": "training samples", "tokens": "tokens", "seconds": "seconds"}.get(x, x), ylabel="hypervolume"
-    )
+    axes.set(xlabel="training samples" if x == "samples" else x, ylabel="hypervolume")
