@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from align import __version__
-from align.cli_fronts import add_front_arguments, front
+from align.cli_fronts import add_front_arguments, add_pick_arguments, front, pick
 from align.cli_rewards import add_rewards_arguments
 from align.cli_worker import add_worker_arguments, run_worker
 from align.guard import check_imports
@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "Write report.html and front.png of a run.")
     report.add_argument("run_folder", metavar="RUN")
     add_front_arguments(command("front", front, "Compare policies on a Pareto front.", True))
+    add_pick_arguments(command("pick", pick, "Choose a policy from a front, and export it.", True))
     rewards = command("rewards", _rewards, "Try rewards by hand, or serve them to trainers elsewhere.", True)
     add_rewards_arguments(rewards)
     worker = command("worker", _worker, "Run one vLLM server here, for a trainer that names it in rollout.engine.urls.")

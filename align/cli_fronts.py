@@ -18,6 +18,20 @@ def add_front_arguments(parser: argparse.ArgumentParser) -> None:
     _add_evaluation(parser)
 
 
+def add_pick_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `paretune pick`."""
+    add = parser.add_argument
+    add("targets", metavar="RUN|FRONT", nargs="+", help="what `paretune front` takes, or the folder that it has written")
+    add("--prefer", metavar="NAME=W,...", default="", help="weights of objectives, scaled to [0, 1] by their bounds")
+    add("--at-least", metavar="NAME=X,...", default="", help="bounds, in the units of the objectives")
+    add("--at-most", metavar="NAME=X,...", default="", help="the same from above")
+    add("--maximize", metavar="NAME", default="", help="objective to have the best of, within the bounds")
+    add("--minimize", metavar="NAME", default="", help="the same, where smaller is better")
+    add("--export", metavar="DIR", default="", help="write the policy there, with tokenizer and model card")
+    add("--json", metavar="FILE", default="", help="write the figures to this file")
+    _add_evaluation(parser)
+
+
 def _add_evaluation(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--config", metavar="FILE", default="", help="objectives and prompts; by default those of the first run")
@@ -34,6 +48,14 @@ def front(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from align.fronts.front import front
 
     return front(_asked(options, options.targets, overrides))
+
+
+def pick(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Choose from a front. Raises ValueError for what the user can mend."""
+    from align.fronts.pick import pick
+
+    wishes = (options.prefer, options.at_least, options.at_most, options.maximize, options.minimize)
+    return pick(_asked(options, options.targets, overrides), wishes, options.export, options.json)
 
 
 def _asked(options: argparse.Namespace, targets: Sequence[str], overrides: Sequence[str]):

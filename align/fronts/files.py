@@ -110,8 +110,9 @@ def table_of(front: Mapping[str, Any]) -> str:
         *_table(["method", "runs", *INDICATOR_NAMES.values()], methods),
         "",
         *_dominance(front),
-        f"The front chosen on validation has a hypervolume of {_number(bias['hypervolume_on_validation'])} on test. Choosing "
-        f"on test would have reported {_number(bias['hypervolume_on_test'])}, with a bias of about {bias['bias']:+.3f}.",
+        f"The front chosen on validation has a hypervolume of {_number(bias['hypervolume_on_validation'])} on test. "
+        f"Choosing on test would have reported {_number(bias['hypervolume_on_test'])}, with a bias of about "
+        f"{_number(bias['bias'])}.",
         *(["", "## Notes", "", *(f"* {_cell(note)}" for note in front["notes"])] if front["notes"] else []),
     ]
     return "\n".join(lines) + "\n"
