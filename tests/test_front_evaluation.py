@@ -6,24 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
 import align.evaluator
 from align.fronts.evaluation import Wanted, evaluate_all, split_prompts
 from align.load import load_config
 from rollout.types import Prompt
-from tests.conftest import QUICKSTART, ROOT
-
-SHIPPED = ROOT / "align" / "policies" / "arithmetic"
-
-
-def policy(folder: Path, scale: float) -> str:
-    """The policy that ships, with its last norm scaled: another policy of the same kind."""
-    shutil.copytree(SHIPPED, folder)
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.float32(scale)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return str(folder)
+from tests.conftest import QUICKSTART
+from tests.fronts import make_policy
 
 
 def wanted(*overrides: str, seeds=(0,), validation=0, test=0) -> Wanted:
@@ -33,7 +22,7 @@ def wanted(*overrides: str, seeds=(0,), validation=0, test=0) -> Wanted:
 @pytest.fixture(scope="module")
 def policies(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("policies")
-    return [policy(folder / str(scale), scale) for scale in (1, 0.8, 0.6)]
+    return [make_policy(folder / str(scale), scale) for scale in (1, 0.8, 0.6)]
 
 
 @pytest.fixture(scope="module")

@@ -153,7 +153,7 @@ def sentences(choice: Choice, wish: Wish, data: Measured) -> Sequence[str]:
     width = max(len(o.name) for o in data.objectives)
     lines = [
         f"{chosen.id}  ({chosen.method})  {wish.text()}",
-        f"chosen on {data.validation_MPK.shape[1]} validation prompts; on {prompts} test prompts, with {LEVEL:.0%} intervals:",
+        f"chosen on {data.validation_MPK.shape[1]} validation prompts; on {prompts} for test, with {LEVEL:.0%} intervals:",
         *(f"  {name:<{width}}  {i.mean:.3f} [{i.low:.3f}, {i.high:.3f}]" for name, i in choice.values.items()),
     ]
     shares = {data.candidates[m].path: (share, data.candidates[m].id) for m, share in choice.best.items()}

@@ -19,6 +19,7 @@ from rewards.types import Objective
 
 FORMAT = 1  # of front.json
 CURVE_RESAMPLES = 100
+CURVE_STEPS = 30  # of a curve; of more steps, so many at equal distances are taken
 XS = ("samples", "tokens", "seconds")
 PARTS = ("validation", "test")
 
@@ -97,9 +98,7 @@ def front_of(data: Measured, found: Evaluations, config: Config, seeds: Sequence
     """
     _note_unusable(data, notes)
     if not len(data.usable_M):
-        raise ValueError(
-            "no policy has a value for every objective, so that there is nothing to compare: " + "; ".join(notes)
-        )
+        raise ValueError("no policy has a value for every objective, so there is nothing to compare: " + "; ".join(notes))
     yardstick, rough, methods = data.yardstick(), data.yardstick(CURVE_RESAMPLES), data.methods()
     _note_odd(data, yardstick, methods, notes)
     on_front = set(data.usable_M[yardstick.front_M].tolist())
@@ -148,7 +147,7 @@ def _objective(o: Objective, config: Config) -> dict[str, Any]:
 
 def _tidy(name: str, interval: Interval) -> Interval:
     """A hypervolume is a share."""
-    return Interval(*(min(1.0, max(0.0, x)) for x in vars(interval).values())) if name == "hypervolume" else interval
+    return Interval(*(float(np.clip(x, 0, 1)) for x in vars(interval).values())) if name == "hypervolume" else interval
 
 
 def _point(c: Candidate, evaluated: Evaluated, objectives: Sequence[Objective]) -> dict[str, Any]:
@@ -170,7 +169,9 @@ def _curve(data: Measured, yardstick: Yardstick, runs: Sequence[np.ndarray]) -> 
     if any(c.step is None for run in policies for c in run):
         return []
     curve = []
-    for step in sorted({c.step for run in policies for c in run}):
+    steps = np.array(sorted({c.step for run in policies for c in run}))
+    kept = np.unique(np.linspace(0, len(steps) - 1, CURVE_STEPS).round().astype(int))
+    for step in steps[kept].tolist():
         so_far = [
             [m for m, c in zip(rows, run, strict=True) if c.step <= step] for rows, run in zip(runs, policies, strict=True)
         ]

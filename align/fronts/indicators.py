@@ -17,12 +17,14 @@ WEIGHT_VECTORS = 1024  # of the expected utility; a power of 2, as Sobol sequenc
 def hypervolumes(points_BMK: np.ndarray, reference_K: np.ndarray) -> np.ndarray:
     """Share of the volume between the reference point and 1 that the M points dominate (B,); M may be 0.
 
-    HV = vol(union over m of [r, v_m]) / prod_k (1 - r_k) (Zitzler & Thiele 1998). With K = 2 the staircase is summed for all
-    B at once, with more objectives moocore computes one after another.
+    HV = vol(union over m of [r, v_m]) / prod_k (1 - r_k) (Zitzler & Thiele 1998). A single
+    box and, with K = 2, the staircase are summed for all B at once; else moocore computes one after another.
     """
     if not points_BMK.shape[1]:
         return np.zeros(len(points_BMK))
     whole = float(np.prod(1 - reference_K))
+    if points_BMK.shape[1] == 1:
+        return np.maximum(points_BMK[:, 0] - reference_K, 0.0).prod(axis=1) / whole
     if len(reference_K) != 2:
         return np.array([hypervolume(points_MK, reference_K) for points_MK in points_BMK]) / whole
     above_BM2 = np.maximum(points_BMK - reference_K, 0.0)
