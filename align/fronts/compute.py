@@ -18,7 +18,7 @@ from align.summary import summarize
 from rewards.types import Objective
 
 FORMAT = 1  # of front.json
-CURVE_RESAMPLES = 100
+CURVE_RESAMPLES = 60
 CURVE_STEPS = 30  # of a curve; of more steps, so many at equal distances are taken
 XS = ("samples", "tokens", "seconds")
 PARTS = ("validation", "test")

@@ -9,7 +9,7 @@ import moocore
 import numpy as np
 from scipy.stats import qmc
 
-from align.pareto import hypervolume, nondominated
+from align.pareto import nondominated
 
 WEIGHT_VECTORS = 1024  # of the expected utility; a power of 2, as Sobol sequences want it
 
@@ -26,7 +26,8 @@ def hypervolumes(points_BMK: np.ndarray, reference_K: np.ndarray) -> np.ndarray:
     if points_BMK.shape[1] == 1:
         return np.maximum(points_BMK[:, 0] - reference_K, 0.0).prod(axis=1) / whole
     if len(reference_K) != 2:
-        return np.array([hypervolume(points_MK, reference_K) for points_MK in points_BMK]) / whole
+        volume = moocore.Hypervolume(reference_K, maximise=True)
+        return np.array([volume(points_MK) for points_MK in np.maximum(points_BMK, reference_K)]) / whole
     above_BM2 = np.maximum(points_BMK - reference_K, 0.0)
     order_BM = np.argsort(-above_BM2[..., 0], axis=1, kind="stable")
     x_BM, y_BM = (np.take_along_axis(above_BM2[..., k], order_BM, axis=1) for k in (0, 1))
