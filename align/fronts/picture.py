@@ -41,7 +41,6 @@ def _draw_points(
     vectors_MK = np.array([a.vector_K(objectives) for a in archived.values()])
     first, *others = [objectives[k] for k in ranked_objectives(vectors_MK, objectives)]
     x, y = first, [*others, first][0]
-    )
     chosen = [archived[p["id"]] for p in points if p["on_front"]]
     if len(objectives) > 1:
         axes.plot(*staircase(chosen, x, y), color=MUTED, linewidth=1.4, linestyle=":", zorder=1)
