@@ -110,6 +110,7 @@ def _refuse_other_config(own: Config, given: Config, folder: Path) -> None:
 
 
 def flatten(table: dict, prefix: str = "") -> dict[str, object]:
+    """Nested tables as one, with dotted keys."""
     flat: dict[str, object] = {}
     for key, value in table.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
