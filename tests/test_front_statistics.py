@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from scipy.stats import norm as normal
 
 from align.fronts.indicators import hypervolumes, nondominated_rows, weight_vectors
 from align.fronts.statistics import INDICATORS, Yardstick, fronts_of, noise_bias, resampled_means, seed_interval
@@ -107,7 +108,7 @@ class Draw:
 
     def further_runs(self, radius: float, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Validation means and truths (N, M, 2) of further runs of a method."""
-        radii_N = radius * (1 + self.world.spread * rng.normal(size=count))
+        radii_N = radius * (1 + self.world.spread * normal.ppf((np.arange(count) + 0.5) / count))  # at equal probabilities
         truth_NM2 = self.world.base() * radii_N[:, None, None]
         error = self.world.noise / self.world.prompts**0.5
         return truth_NM2 + self.shared_K + error * rng.normal(size=truth_NM2.shape), truth_NM2
