@@ -147,6 +147,16 @@ def test_what_a_failing_reward_left_is_said_and_not_kept(policies, tmp_path, mon
     assert owed(tmp_path / "cache", policies[:1], wanted(change), monkeypatch) == 1
 
 
+def test_a_reward_of_the_user_is_part_of_the_name(policies, tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def mine(text): return 0.25\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    change = wanted('--objectives.brevity={reward: "mine:mine"}')
+    evaluate_all(policies[:1], change, tmp_path / "cache")
+    assert owed(tmp_path / "cache", policies[:1], change, monkeypatch) == 0
+    (tmp_path / "mine.py").write_text("def mine(text): return 0.75\n")
+    assert owed(tmp_path / "cache", policies[:1], change, monkeypatch) == 1
+
+
 # --- validation and test ----------------------------------------------------------------------------------------------
 
 
