@@ -13,6 +13,7 @@ import yaml
 from align.advice import advise, advise_on_prompts
 from align.build import (
     PromptSets,
+    base_model,
     build_bus,
     check_shares,
     context_length,
@@ -50,7 +51,7 @@ def check(path: str, processes: int, overrides: Sequence[str], whole: bool = Fal
     warnings = advise(config)
     model = locate_policy(config)
     try:
-        tokenizer, context = _tokenizer(model, config)
+        tokenizer, context = quick_tokenizer(model, config)
         prompts = load_prompts(config, tokenizer, context)
     except ValueError as error:
         if not _is_remote(model, config):
@@ -125,9 +126,11 @@ class QuickTokenizer:
         return AutoTokenizer.from_pretrained(self._folder).apply_chat_template(conversation, **kwargs)
 
 
-def _tokenizer(model: str, config: Config) -> tuple[Tokenizer, int]:
-    if (Path(model) / "tokenizer.json").is_file() and not config.prompts.chat:
-        model_config = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))
+def quick_tokenizer(model: str, config: Config) -> tuple[Tokenizer, int]:
+    """What `align.build.load_tokenizer` gives, without an import of transformers where that can be."""
+    file = Path(base_model(model)) / "config.json"
+    if (Path(model) / "tokenizer.json").is_file() and file.is_file() and not config.prompts.chat:
+        model_config = json.loads(file.read_text(encoding="utf-8"))
         return QuickTokenizer(Path(model)), context_length(model_config)
     return load_tokenizer(model, config)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from align import __version__
+from align.cli_fronts import add_front_arguments, add_pick_arguments, front, pick
 from align.cli_policies import add_merge_arguments, add_replay_arguments, add_sweep_arguments, merge, replay, sweep
 from align.cli_rewards import add_rewards_arguments
 from align.cli_worker import add_worker_arguments, run_worker
@@ -65,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     add_replay_arguments(command("replay", replay, "Replay what a run logged through another weighting scheme.", True))
     add_merge_arguments(command("merge", merge, "Merge policies of one origin into models between them."))
     add_sweep_arguments(command("sweep", sweep, "Train a grid of keys and seeds, one run after another.", True))
+    add_front_arguments(command("front", front, "Compare policies on a Pareto front.", True))
+    add_pick_arguments(command("pick", pick, "Choose a policy from a front, and export it.", True))
     rewards = command("rewards", _rewards, "Try rewards by hand, or serve them to trainers elsewhere.", True)
     add_rewards_arguments(rewards)
     worker = command("worker", _worker, "Run one vLLM server here, for a trainer that names it in rollout.engine.urls.")

@@ -3,26 +3,22 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from align.archive import hypervolume_share, reference_vector, scaled_vector
-from align.build import base_model, build_bus, load_prompts, load_tokenizer, locate_model, objectives_of
+from align.build import load_prompts, load_tokenizer, locate_model, objectives_of
 from align.checkpoint import complete_checkpoints
 from align.config import Config
 from align.engine import check_engine
 from align.launch import quiet
 from align.load import load_config
 from align.sampling import Place, evaluation_params
-
-if TYPE_CHECKING:
-    from align.evaluate import Summary
+from align.summary import Summary, summarize
 
 
 @dataclass(frozen=True)
@@ -76,42 +72,27 @@ def _policies_of(run: Path, config: Config, checkpoints: str) -> list[Policy]:
     return chosen
 
 
-def _evaluate(policies: Sequence[Policy], config: Config, folder: Path) -> "dict[str, Summary]":
+def _evaluate(policies: Sequence[Policy], config: Config, folder: Path) -> dict[str, Summary]:
     """Figures by name: all are sampled by the engine of the configuration, one after another, on equal seeds.
 
     Raises:
         ValueError: A policy, prompt or reward cannot be had, or the engine samples with none of the weights.
     """
-    from align.engine import open_engine
-    from align.evaluate import evaluate, summarize
-    from align.loaded import LoadedPolicy
-    from align.push import Pusher
-    from align.scoring import score_together
-    from rollout.sampler import RolloutError
+    from align.evaluator import open_evaluator
 
     first = policies[0].path
     tokenizer, context = load_tokenizer(first, config)
     prompts = load_prompts(config, tokenizer, context)
     summaries = {}
-    with closing(build_bus(config, prompts.columns)) as bus, ExitStack() as stack:
-        score = partial(score_together, bus, config=config.scoring, pause=lambda: None, stop=lambda: False)
-        try:
-            engine = open_engine(config, prompts, tokenizer, base_model(first), folder)
-            stack.callback(engine.close)
-            loaded = LoadedPolicy(config, first, tokenizer.eos_token_id)
-            sampler = stack.enter_context(closing(engine.sampler(loaded)))
-            pusher = Pusher(config, prompts.evaluation, len(tokenizer), loaded, sampler)
-            for number, policy in enumerate(policies):
-                loaded.load(policy.path)
-                pusher.push(number)
-                found = evaluate(sampler, score, prompts.evaluation, evaluation_params(config, Place()), step=number)
-                summaries[policy.name] = summarize(found.raw_PGK, objectives_of(config), found.domains)
-        except RolloutError as error:
-            raise ValueError(f"{error} (--rollout.engine=transformers samples without servers)") from error
+    with open_evaluator(config, prompts, tokenizer, first, folder) as evaluator:
+        for number, policy in enumerate(policies):
+            evaluator.take(policy.path, number)
+            found = evaluator.evaluate(evaluation_params(config, Place()), step=number)
+            summaries[policy.name] = summarize(found.raw_PGK, objectives_of(config), found.domains)
     return summaries
 
 
-def _table(summaries: "dict[str, Summary]", config: Config) -> str:
+def _table(summaries: dict[str, Summary], config: Config) -> str:
     """One row per policy: mean +- standard error of every objective, and the hypervolume of the policy alone."""
     objectives = objectives_of(config)
     reference_K = reference_vector(config.evaluation.reference, objectives)

@@ -33,7 +33,7 @@ from align.archive import ParetoPoint
 from align.checkpoint import STATE_FILE, RunState, checkpoint_name, prune, read_state, write_state
 from align.controlling import Controlling
 from align.correction import correction_metrics, correction_sums
-from align.evaluate import evaluate, summarize
+from align.evaluate import evaluate
 from align.hacking import HackingWatch, Memory
 from align.learner_args import peft_config
 from align.missing import MissingRewardError, unmeasured
@@ -46,6 +46,7 @@ from align.sampling import Place, evaluation_params
 from align.scoring import score_together
 from align.selftrain.training import SelfTraining
 from align.step import take_step
+from align.summary import summarize
 from align.together import check_agreement
 from align.weighting import Signal, WeightState
 from align.weights import base_of

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from align.replay import Replay
-from align.report_figures import COLOURS, MUTED, style_axes
+from align.report_figures import COLOURS, MUTED, plain_axes
 
 
 def draw_replay(path: Path, found: Replay, objectives: Sequence[str], real: str, replayed: str) -> None:
@@ -28,7 +28,7 @@ def draw_replay(path: Path, found: Replay, objectives: Sequence[str], real: str,
         _draw(axes[1], found, "step_scale", MUTED, "step scale")
         axes[1].set_ylabel("step scale")
     for one in axes:
-        style_axes(one)
+        plain_axes(one)
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0].legend(loc="best", fontsize=10, framealpha=0.8, edgecolor="none")

@@ -176,7 +176,12 @@ def _finite(number: float) -> float | None:
 
 def ranked_axes(archive: Archive, objectives: Sequence[Objective]) -> list[int]:
     """The two objectives that conflict most over the usable points (least covariance), then the others by their spread."""
-    vectors_MK, every = archive.vectors_MK(), range(len(objectives))
+    return ranked_objectives(archive.vectors_MK(), objectives)
+
+
+def ranked_objectives(vectors_MK: np.ndarray, objectives: Sequence[Objective]) -> list[int]:
+    """See `ranked_axes`, of scaled vectors."""
+    every = range(len(objectives))
     if len(objectives) < 3 or len(vectors_MK) < 2:
         return list(every)
     covariance_KK = np.cov(vectors_MK.T)
@@ -319,13 +324,13 @@ def draw_front(path: Path, archive: Archive, objectives: Sequence[Objective]) ->
         why = "no evaluated policy has a value for every objective" if archive.points else "no policy has been evaluated"
         axes.text(0.5, 0.5, why, ha="center", color=MUTED, fontsize=13)
     else:
-        style_axes(axes)
+        plain_axes(axes)
         (_draw_plane if len(objectives) > 1 else _draw_values)(axes, archive, objectives)
     figure.savefig(path)
 
 
-def style_axes(axes: Axes) -> None:
-    """Few lines, and letters that can be read."""
+def plain_axes(axes: Axes) -> None:
+    """A grid, and no more lines than are needed."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(MUTED)
     axes.grid(color="#e6e8eb", linewidth=0.8)

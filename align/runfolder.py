@@ -114,7 +114,7 @@ def _evaluated(archive: Path) -> set[int]:
 
 def different_keys(own: Config, given: Config) -> list[str]:
     """Keys in which two configurations are not of one run."""
-    a, b = (_flatten(config.settled()) for config in (own, given))
+    a, b = (flatten(config.settled()) for config in (own, given))
     return sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
 
 
@@ -126,10 +126,11 @@ def _refuse_other_config(own: Config, given: Config, folder: Path) -> None:
         )
 
 
-def _flatten(table: dict, prefix: str = "") -> dict[str, object]:
+def flatten(table: dict, prefix: str = "") -> dict[str, object]:
+    """Nested tables as one, with dotted keys."""
     flat: dict[str, object] = {}
     for key, value in table.items():
-        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
     return flat
 
 

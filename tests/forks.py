@@ -24,7 +24,7 @@ from pathlib import Path
 
 ADDRESS = "PARETUNE_TEST_FORKS"  # variable: the socket at which forks can be asked for
 IMPORTED = (
-    *("align.learner", "align.engine", "align.evaluate_policies", "align.report", "align.try_rewards"),
+    *("align.learner", "align.engine", "align.evaluate_policies", "align.evaluator", "align.report", "align.try_rewards"),
     *("accelerate.commands.launch", "torch.distributed.run", "transformers.models.qwen3.modeling_qwen3"),
     *("torch.distributed.fsdp", "rewards.local_model", "pyarrow.parquet", "aiohttp"),
 )

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from align.evaluate import summarize
+from align.summary import summarize
 from rewards.types import Missing, Objective
 
 OBJECTIVES = [Objective("a", True, (0.0, 1.0), Missing.FAIL), Objective("b", False, (0.0, 10.0), Missing.FAIL)]

@@ -20,7 +20,7 @@ from align.archive import Archive, ParetoPoint
 from align.build import PromptSets, objectives_of
 from align.checkpoint import RunState, checkpoint_name, prune, write_state
 from align.config import Config
-from align.evaluate import evaluate, summarize
+from align.evaluate import evaluate
 from align.learner_args import peft_config
 from align.plan import Plan
 from align.rollouts import Rollouts
@@ -35,6 +35,7 @@ from align.selftrain.tuners import TunedLosses, fine_tune, tuner_config
 from align.selftrain.weigh import Material, weigh
 from align.selftrain.weights import Weights, answer_entropy
 from align.step import objective_metrics
+from align.summary import summarize
 from align.together import together
 from rewards.answers import Reader
 from rewards.bus import RewardBus
