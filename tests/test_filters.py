@@ -20,10 +20,12 @@ NAN = np.nan
 OBJECTIVES = [Objective("right", True, (0, 1), Missing.FAIL), Objective("length", False, (0, 20), Missing.FAIL)]
 RAW = np.array([[[1, 5], [1, 12], [0, 3], [NAN, 1]], [[0, 9], [0, 9], [1, 9], [1, NAN]]])  # (P, G, K) = (2, 4, 2)
 ANSWERS = [["7", "7", "5", None], ["1", "2", "2", "1"]]
+TOKENS = np.ones((2, 4), int)
 
 
 def filtered(**rules) -> tuple[list, dict]:
-    passed = passing(FilterConfig(**rules), OBJECTIVES, RAW, ANSWERS)
+    passed = passing(FilterConfig(**rules), OBJECTIVES, RAW, ANSWERS, TOKENS)
+    assert passed.failed.pop("has tokens") == 0
     return passed.right_PG.astype(int).tolist(), passed.failed
 
 
@@ -34,6 +36,12 @@ def test_thresholds_in_the_units_of_the_objectives():
 
 def test_nothing_asked_lets_all_pass():
     assert filtered() == ([[1] * 4] * 2, {})
+
+
+def test_a_sample_without_tokens_never_passes():
+    passed = passing(FilterConfig(), OBJECTIVES, RAW, ANSWERS, np.array([[0, 3, 1, 1], [2, 0, 0, 9]]))
+    assert passed.right_PG.astype(int).tolist() == [[0, 1, 1, 1], [1, 0, 0, 1]]
+    assert passed.failed == {"has tokens": 3}
 
 
 def test_the_majority():
@@ -188,7 +196,10 @@ def test_answers_need_a_reward_that_reads_them():
         ("--selftrain.weights=shuffled", "there are no other weights to shuffle"),
         ("--selftrain.weights=[shuffled, entropy]", "selftrain.weights[0]: shuffled deals out the weights of the others"),
         ("--selftrain.weights={type: feasible, threshold: 1, rate: 2, leak: 1}", "rate=2.0 times leak=1.0 is not below 2"),
-        ("--selftrain.weights={type: importance, trusted: t, share: 0.05}", "kept needs weights of 20, above selftrain.cap=10"),
+        (
+            "--selftrain.weights={type: importance, trusted: t, share: 0.05}",
+            "kept needs weights of 20, above selftrain.cap=10",
+        ),
         ("--selftrain.weights={type: tilt, means: {short: 1}}", "selftrain.weights[0].means: unknown objective 'short'"),
         ("--rounds=null", "selftrain: nothing here trains on the policy's samples"),
         ("--selftrain=null", "selftrain is missing"),

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from align import cli
 from align.load import ConfigError, load_config
 from align.plan import make_plan
 from align.rounds import rounds
+from align.selftrain import round as round_module
 from align.train import train
 from tests.conftest import QUICKSTART, ROOT, environment, read_lines
 
@@ -225,3 +227,66 @@ def test_numbers_that_do_not_fit(overrides, processes, sentence):
     with pytest.raises(ValueError, match="rounds") as error:
         make_plan(load_config(CONFIG, overrides), processes)
     assert sentence in str(error.value)
+
+
+# --- values that are missing --------------------------------------------------------------------------------------------
+
+
+def fickle(text: str) -> float | None:
+    """A reward that judges texts of an even length alone."""
+    return None if len(text) % 2 else 1.0
+
+
+def judged(missing: str) -> tuple[str, ...]:
+    fickly = {"reward": "tests.test_rounds:fickle", "missing": missing}
+    return (f"--objectives={json.dumps({'accuracy': {'reward': 'arithmetic_accuracy'}, 'fickle': fickly})}", UNSEEN)
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list[tuple[list[str], int, int | None]]:
+    """Texts of the group, and the places of the right sample and the wrong one, of all that is trained on."""
+    seen: list = []
+    for name in ("sft_rows", "dpo_rows"):
+        monkeypatch.setattr(round_module, name, partial(_noted, getattr(round_module, name), seen))
+    return seen
+
+
+def _noted(make_rows, seen, groups, chosen, *rest):
+    texts = [[sample.text for sample in groups[p].samples] for p in chosen.prompts]
+    seen += zip(texts, chosen.right, chosen.wrong or [None] * len(chosen), strict=True)
+    return make_rows(groups, chosen, *rest)
+
+
+def test_a_sample_that_nobody_could_judge_is_neither_right_nor_wrong(tmp_path, taken):
+    asked = "--selftrain.filter={at_least: {accuracy: 1, fickle: 0}}"
+    more = ("--rounds.method=dpo", "--rounds.count=1", "--rounds.prompts=32", asked)
+    assert run(tmp_path / "run", *judged("drop_sample"), *more) == 0
+    assert len(taken) > 2
+    for texts, right, wrong in taken:
+        assert fickle(texts[right]) == fickle(texts[wrong]) == 1
+
+
+@pytest.mark.parametrize("missing", ["drop_sample", "drop_group"])
+def test_what_the_policies_leave_out_is_not_trained_on(tmp_path, taken, missing):
+    more = ("--selftrain.filter={}", "--selftrain.weights=[uniform]", "--rounds.mixed_only=false", "--rounds.count=1")
+    assert run(tmp_path / "run", *judged(missing), *more, "--rounds.prompts=64") == 0
+    assert taken
+    for texts, right, _ in taken:
+        assert all(fickle(text) for text in (texts if missing == "drop_group" else [texts[right]]))
+
+
+def test_a_missing_value_stops_the_rounds_and_loses_nothing(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert run(folder, *judged("fail"), "--rounds.count=1") == 2
+    said = capsys.readouterr().err
+    assert "objective 'fickle' has no value for " in said
+    assert "Whole rounds are kept: mend it, then " in said
+    assert not (folder / "metrics.jsonl").exists()
+    assert not list((folder / "checkpoints").glob("*"))
+    assert rounds("", str(folder), ["--objectives.fickle.missing=drop_sample"]) == 0
+    assert [row["step"] for row in read_lines(folder / "metrics.jsonl")] == [1]
+
+
+def test_values_are_not_filled_in(tmp_path):
+    with pytest.raises(ConfigError, match=r"objectives\.fickle\.missing=neutral: a filter cannot judge a value"):
+        load_config(CONFIG, [*TINY, *judged("neutral")])

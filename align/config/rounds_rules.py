@@ -34,6 +34,12 @@ def rounds_problems(config: Keys) -> list[str]:
         problems.append("rollout.lookahead: a round is sampled before it is trained on: set it to 0")
     if config.evaluation.every > 1 or config.checkpoint.every > 1:
         problems.append("evaluation.every and checkpoint.every: every round is evaluated and saved: remove them")
+    problems += [
+        f"objectives.{name}.missing=neutral: a filter cannot judge a value that is filled in: take fail, drop_sample or "
+        "drop_group"
+        for name, objective in config.objectives.items()
+        if objective.missing == "neutral"
+    ]
     for name in config.trl:
         if name in DECIDED:
             problems.append(f"trl.{name} is decided by `{DECIDED[name]}`: set that instead")

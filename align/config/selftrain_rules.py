@@ -77,7 +77,7 @@ def _entries(key: str, entries: Sequence[AnyWeights | AnyPromptWeights]) -> list
 
 def _missing(config: Keys, section: SelftrainConfig, key: str, weights: AnyWeights) -> list[str]:
     """Values that weights need, that may be missing, and that no threshold asks for."""
-    if weights.type not in ("trajectory", "tilt"):
+    if weights.type not in ("trajectory", "tilt") or config.rounds is not None:  # rounds leave such samples out
         return []
     needed = weights.means if weights.type == "tilt" else weights.returns or config.objectives
     asked = section.filter.at_least.keys() | section.filter.at_most.keys()

@@ -22,6 +22,7 @@ from align.checkpoint import RunState, checkpoint_name, prune, write_state
 from align.config import Config
 from align.evaluate import evaluate, summarize
 from align.learner_args import peft_config
+from align.missing import apply_missing, refuse_missing
 from align.plan import Plan
 from align.rollouts import Rollouts
 from align.runlog import RunFiles
@@ -85,14 +86,23 @@ class Batch:
 
     Args:
         groups: P of them.
-        raw_PGK: Values in raw units; NaN where missing.
-        answers_PG: What each sample answers, None where it states nothing; with rewards that read no answers, each sample
-            is an answer of its own.
+        raw_PGK: Values in raw units; NaN, all of them, for a sample that is left out.
+        answers_PG: What each sample answers, None where it states nothing or is left out; with rewards that read no
+            answers, each sample is an answer of its own.
     """
 
     groups: Sequence[SampleGroup]
     raw_PGK: np.ndarray
     answers_PG: Answers
+
+    @property
+    def left_out_PG(self) -> np.ndarray:
+        """Mask of the samples that the missing-value policies leave out."""
+        return np.isnan(self.raw_PGK).any(axis=2)
+
+    def kept_answers(self, p: int) -> list[str | None]:
+        """Of the samples of a prompt that are not left out."""
+        return [answer for answer, out in zip(self.answers_PG[p], self.left_out_PG[p], strict=True) if not out]
 
 
 class Rounds:
@@ -150,12 +160,15 @@ class Rounds:
         self._timings["time/sampling"] = time.perf_counter() - start
         local, gathered = self._score(groups)
         self._timings["time/scoring"] = time.perf_counter() - start - self._timings["time/sampling"]
+        refuse_missing(gathered, config.scoring.max_failed)
         self.parts.files.samples.write(number, groups, local, (), ())
         places = np.argsort(np.concatenate([np.arange(p, size, processes) for p in range(processes)]))
         everywhere = gather_object(groups)
         raw_PGK = gathered.raw_NK.reshape(size, params.samples_per_prompt, len(objectives))[places]
+        raw_PGK = apply_missing(raw_PGK, objectives)
         answers = gather_object([_answers(self.parts.reader, group) for group in groups])
-        batch = Batch([everywhere[i] for i in places], raw_PGK, [answers[i] for i in places])
+        answers_PG = [_of_kept(answers[i], raw_GK) for i, raw_GK in zip(places, raw_PGK, strict=True)]
+        batch = Batch([everywhere[i] for i in places], raw_PGK, answers_PG)
         return batch, objective_metrics(gathered) | self._take_rollout_metrics()
 
     def _take_rollout_metrics(self) -> dict[str, float]:
@@ -169,7 +182,7 @@ class Rounds:
     def _choose(self, number: int, batch: Batch) -> tuple[Chosen, dict[str, float]]:
         """What this round trains on. Raises RoundError when that is nothing."""
         config, rounds = self.parts.config, self.parts.config.rounds
-        passed = passing(config.selftrain.filter, objectives_of(config), batch.raw_PGK, batch.answers_PG)
+        passed = _passed(config, batch)
         rng = np.random.default_rng(round_seed(config, number))
         if rounds.method == "sft":
             chosen = choose_samples(passed.right_PG, rounds.mixed_only, rounds.per_prompt, rng)
@@ -180,13 +193,13 @@ class Rounds:
         share = len(set(chosen.prompts)) / len(batch.groups)
         figures = {"kept": passed.right_PG.mean(), "prompts": share, "chosen": len(chosen)}
         if self.parts.reader is not None:
-            figures["clusters"] = np.mean([len(set(answers)) for answers in batch.answers_PG])
+            figures["clusters"] = np.mean([len(set(batch.kept_answers(p))) for p in range(len(batch.groups))])
         return chosen, {f"rounds/{name}": float(value) for name, value in figures.items()}
 
     def _weigh(self, number: int, batch: Batch, chosen: Chosen) -> tuple[Weights, dict[str, float]]:
         """How much each of them counts: by its right sample and its prompt. Raises RoundError when that cannot be said."""
         config, where = self.parts.config, (list(chosen.prompts), list(chosen.right))
-        entropies_n = np.array([answer_entropy(batch.answers_PG[p]) for p in chosen.prompts])
+        entropies_n = np.array([answer_entropy(batch.kept_answers(p)) for p in chosen.prompts])
         pairs = pairs_of(batch.groups, chosen.prompts, chosen.right)
         everything, ones_n = np.arange(len(chosen)), np.ones(len(chosen))
         material = Material(
@@ -314,11 +327,24 @@ def _answers(reader: Reader | None, group: SampleGroup) -> list[str | None]:
     return [reader(text) for text in texts] if reader else [str(g) for g in range(len(texts))]
 
 
+def _of_kept(answers: Sequence[str | None], raw_GK: np.ndarray) -> list[str | None]:
+    """Answers of a group, None of samples that are left out: they have no vote, and are in no pair."""
+    return [None if out else answer for answer, out in zip(answers, np.isnan(raw_GK).any(axis=1), strict=True)]
+
+
+def _passed(config: Config, batch: Batch) -> Passed:
+    """What passes the filter; no sample that is left out does, whatever the filter asks."""
+    tokens_PG = np.array([[len(sample.token_ids) for sample in group.samples] for group in batch.groups])
+    passed = passing(config.selftrain.filter, objectives_of(config), batch.raw_PGK, batch.answers_PG, tokens_PG)
+    failed = passed.failed | {"has all values": int(batch.left_out_PG.sum())}
+    return Passed(passed.right_PG & ~batch.left_out_PG, failed)
+
+
 def _why_nothing(method: str, passed: Passed) -> str:
     """Why there is nothing to train on, and what helps."""
     right_PG, samples = passed.right_PG, passed.right_PG.size
     if not right_PG.any():
-        reasons = ", ".join(f"{count} fail {name}" for name, count in passed.failed.items())
+        reasons = ", ".join(f"{count} fail {name}" for name, count in passed.failed.items() if count)
         return (
             f"none of {samples} samples passes the filter ({reasons}): ease selftrain.filter, sample more (rounds.prompts, "
             "rollout.samples_per_prompt), or begin with a policy that gets some right"

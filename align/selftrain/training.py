@@ -100,13 +100,13 @@ class SelfTraining:
     def _fill_pool(self, answers_PG: Sequence[Sequence[str | None]], entropies_P: Sequence[float]) -> None:
         rules = self.parts.rules
         raw_PGK = self._scored.raw_NK.reshape(len(self._groups), rules.group_size, len(rules.objectives))
-        passed = passing(self._selftrain.filter, rules.objectives, raw_PGK, answers_PG)
+        tokens_PG = np.array([[len(sample.token_ids) for sample in group.samples] for group in self._groups])
+        passed = passing(self._selftrain.filter, rules.objectives, raw_PGK, answers_PG, tokens_PG)
         step = self.state.global_step + 1
         entries = [
             _entry(group, g, step, raw_PGK[p], answers_PG[p], entropies_P[p])
             for p, group in enumerate(self._groups)
             for g in np.flatnonzero(passed.right_PG[p])
-            if group.samples[g].token_ids
         ]
         everywhere = gather_object([(entries, passed.failed)])
         entries = [entry for part, _ in everywhere for entry in part]
@@ -117,7 +117,7 @@ class SelfTraining:
         self._add_metrics({"selftrain/pool": float(len(self._pool)), "selftrain/kept": kept})
         if not entries:
             failed = {name: sum(counts[name] for _, counts in everywhere) for name in passed.failed}
-            why = ", ".join(f"{name} by {count}" for name, count in failed.items())
+            why = ", ".join(f"{name} by {count}" for name, count in failed.items() if count)
             self._say_once(f"no sample of {self.parts.plan.samples_per_batch} passes selftrain.filter; not met: {why}")
         elif kept == 1 and self._selftrain.filter.asks:
             self._say_once("all samples pass selftrain.filter: it chooses nothing here")
