@@ -31,6 +31,7 @@ with hidden("vllm"):  # TRL has its own use for it, we have not
 
 from align.archive import ParetoPoint
 from align.checkpoint import STATE_FILE, RunState, checkpoint_name, prune, read_state, write_state
+from align.control import ControlError
 from align.controlling import Controlling
 from align.correction import correction_metrics, correction_sums
 from align.evaluate import evaluate, summarize
@@ -119,7 +120,7 @@ class Learner(PolicyAccess, SelfTraining, Probing, Controlling, GRPOTrainer):
         output = super()._generate_and_score_completions(inputs)
         try:
             result = take_step(self.parts.rules, self.weight_state, self._gathered, step, self._signals(output))
-        except MissingRewardError:
+        except (MissingRewardError, ControlError):
             self.state.num_input_tokens_seen = self._tokens_before  # the batch will be sampled again
             raise
         watched = self._watch_batch(step + 1, result.state)

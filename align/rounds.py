@@ -88,11 +88,12 @@ def build(run: Run) -> Built:
     check_engine(config)
     reader, trusted = reader_of(config), load_trusted(config, tokenizer, tokenizer.eos_token_id, context)
     bus = build_bus(config, prompts.columns)
-    from align.learner_args import tuner_arguments
+    from align.learner_args import check_sharding, tuner_arguments
     from align.selftrain.tuners import tuner_config  # imports TRL: seconds, so after what is quick to refuse
 
     options = tuner_arguments(config, plan, run.folder / "checkpoints")
     tried = tuner_config(config.rounds.method, options)
+    check_sharding(config, tried)
     precision = "bf16" if tried.bf16 else "fp16" if tried.fp16 else "no"
     return Built(model, tokenizer, prompts, bus, plan, options, precision, reader, trusted)
 

@@ -90,10 +90,11 @@ def build(run: Run) -> Built:
         refuse_other_pool(run.folder, config)
     bus = build_bus(config, prompts.columns)
     from align.learner import GRPOConfig  # imports TRL: seconds, so after what is quick to refuse
-    from align.learner_args import trl_arguments
+    from align.learner_args import check_sharding, trl_arguments
 
-    arguments = trl_arguments(config, plan, run.folder / "checkpoints", run.evaluates_first)
-    return Built(model, tokenizer, prompts, bus, plan, sources, GRPOConfig(**arguments))
+    trl = GRPOConfig(**trl_arguments(config, plan, run.folder / "checkpoints", run.evaluates_first))
+    check_sharding(config, trl)
+    return Built(model, tokenizer, prompts, bus, plan, sources, trl)
 
 
 def build_learner(
@@ -180,7 +181,10 @@ def _run(run: Run, built: Built) -> int:
         print(flush=True)  # below the progress bar
         return fail(error, f"Nothing is lost: mend it, then {go_on}")
     except ControlError as error:
+        learner.save_unless_saved()
         print(flush=True)
+        if learner.state.global_step:
+            return fail(error, f"Nothing is lost: mend the reward, then {go_on}")
         return fail(error, "The target of a run is settled when it starts: begin another, with another --output")
     finally:
         learner.rollouts.close()

@@ -6,13 +6,16 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from accelerate import DeepSpeedPlugin
 from safetensors.torch import load_file
 
 from align import cli
+from align.learner_args import check_sharding
 from align.load import ConfigError, load_config
 from align.plan import make_plan
 from align.rounds import rounds
@@ -179,6 +182,17 @@ def test_all_pass(tmp_path, capsys):
     assert run(tmp_path / "run", everything, UNSEEN) == 2
     assert "rounds.mixed_only leaves such prompts out" in capsys.readouterr().err
     assert run(tmp_path / "other", everything, UNSEEN, "--rounds.mixed_only=false", "--rounds.count=1") == 0
+
+
+def test_zero3_must_write_whole_weights():
+    pytest.importorskip("deepspeed")
+    config = load_config(CONFIG, [*TINY])
+    for stage, whole in ((3, True), (2, False)):
+        plugin = DeepSpeedPlugin(zero_stage=stage, zero3_save_16bit_model=whole)
+        check_sharding(config, SimpleNamespace(fsdp=None, deepspeed_plugin=plugin))
+    plugin = DeepSpeedPlugin(zero_stage=3, zero3_save_16bit_model=False)
+    with pytest.raises(ValueError, match="zero3_save_16bit_model: true in deepspeed_config of the accelerate file"):
+        check_sharding(config, SimpleNamespace(fsdp=None, deepspeed_plugin=plugin))
 
 
 def test_each_command_knows_its_configurations(tmp_path, capsys):

@@ -29,8 +29,8 @@ def selftrain_problems(config: Keys) -> list[str]:
             problems.append(f"{key}: rate={weights.rate} times leak={weights.leak} is not below 2: lower one of them")
         if weights.type == "importance" and weights.form == "rank" and weights.share * section.cap < 1:
             problems.append(
-                f"{key}: to have mean one, the share={weights.share:g} that is kept needs weights of {1 / weights.share:.3g}, "
-                f"above selftrain.cap={section.cap:g}: raise one of them"
+                f"{key}: to have mean one, the share={weights.share:g} that is kept needs weights of "
+                f"{1 / weights.share:.3g}, above selftrain.cap={section.cap:g}: raise one of them"
             )
         if weights.type in OF_VALUES and section.pool.seeds:
             problems.append(

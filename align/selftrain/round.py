@@ -282,8 +282,9 @@ class Rounds:
             parts.files.timings.append({"step": number, "step_time": seconds, **self._timings})
         PartialState().wait_for_everyone()
         if main:
-            state = RunState(number, 0, parts.plan.processes, parts.config.fingerprint(), {})
-            write_state(self._checkpoint(number), state)
+            checkpoint = self._checkpoint(number)
+            assert any(checkpoint.glob("*.safetensors")), f"{checkpoint} has no weights to go on from"
+            write_state(checkpoint, RunState(number, 0, parts.plan.processes, parts.config.fingerprint(), {}))
         PartialState().wait_for_everyone()
 
     def take(self, number: int) -> None:
