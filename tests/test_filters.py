@@ -12,6 +12,7 @@ from align.selftrain.filters import best_of_group, in_majority, passing, reader_
 from align.selftrain.sources import load_trusted
 from align.selftrain.tilt import TiltError
 from align.selftrain.weigh import Material, weigh, weigh_prompts
+from align.selftrain.weights import WeightsError
 from rewards.types import Missing, Objective
 from tests.conftest import ROOT
 
@@ -70,7 +71,7 @@ def material(**more) -> Material:
 
 
 def weights(*entries, number: int = 1, **section) -> np.ndarray:
-    return weigh(SelftrainConfig(weights=list(entries), **section), material(), number, seed=5).values_n
+    return weigh(SelftrainConfig(weights=list(entries), **section), material(), number, seed=5).weights.values_n
 
 
 def test_weights_by_hand():
@@ -106,16 +107,48 @@ def test_a_tilt_reaches_its_means():
 
 def test_shuffled_weights_are_the_same_ones_elsewhere():
     seen = {
-        tuple(weigh(SelftrainConfig(weights=["entropy", "shuffled"]), material(), 1, seed).values_n) for seed in range(9)
+        tuple(weigh(SelftrainConfig(weights=["entropy", "shuffled"]), material(), 1, seed).weights.values_n)
+        for seed in range(9)
     }
     assert len(seen) > 2
     assert {tuple(sorted(values)) for values in seen} == {(0.0, 1.0, 1.0, 2.0)}
 
 
 def test_too_few_that_count_make_all_count():
-    composed = weigh(SelftrainConfig(weights=[{"type": "entropy", "power": 20}], least_ess=0.5), material(), 1, 0)
+    composed = weigh(SelftrainConfig(weights=[{"type": "entropy", "power": 20}], least_ess=0.5), material(), 1, 0).weights
     assert composed.collapsed
     assert composed.values_n.tolist() == [1] * 4
+
+
+def test_what_others_take_of_a_tilt_is_told():
+    # Half of four are right, and 3/4 are wanted: weights 1.5, 1.5, 0.5, 0.5.
+    tilt = {"type": "tilt", "means": {"right": 0.75}}
+
+    def weighed(*entries, **section):
+        return weigh(SelftrainConfig(weights=[tilt, *entries], **section), material(), 1, seed=5)
+
+    assert weighed().reached == {"right": pytest.approx(0.75)}
+    assert not weighed().missed
+    # Times entropies 0, 1, 1, 2: 0, 1.5, 0.5, 1, of which the right ones have a half.
+    found = weighed("entropy")
+    assert found.reached == {"right": pytest.approx(0.5, abs=1e-6)}
+    assert found.missed["right"].startswith("tilt: the mean of 'right' is 0.5, where 0.75 is wanted: other weights, ")
+    assert weighed(cap=1.2).reached == {"right": pytest.approx(0.6)}  # 1.2, 1.2, 0.8, 0.8
+    assert weighed(cap=1.2).missed.keys() == {"right"}
+    assert weighed(least_ess=0.9).reached == {"right": pytest.approx(0.5)}  # of 4 / 5, given up
+    assert not weighed("shuffled").missed  # which is there for that
+
+
+def test_only_what_cannot_be_had_is_an_error_of_weights():
+    """Not a loss that is no number: that is no matter of the pool."""
+    with pytest.raises(WeightsError):
+        weights({"type": "tilt", "means": {"length": 2}})
+    with pytest.raises(WeightsError):
+        weights({"type": "entropy", "power": 5000})
+    lost = material(measure=lambda pairs: np.full(len(pairs), NAN))
+    with pytest.raises(ValueError, match="number 0 of 4 is nan") as error:
+        weigh(SelftrainConfig(weights=[{"type": "loss"}]), lost, 1, 0)
+    assert not isinstance(error.value, WeightsError)
 
 
 def test_a_missing_value_is_not_guessed():
@@ -128,7 +161,7 @@ def test_a_missing_value_is_not_guessed():
 def test_multipliers_go_on_from_where_they_were():
     # d + 0.5 (loss - 2): 1 - 0.5, 3, 0 + 0.5, 2 + 1, with mean 7 / 4.
     section = SelftrainConfig(weights=[{"type": "feasible", "threshold": 2, "rate": 0.5}])
-    found = weigh(section, material(duals_n=np.array([1.0, 3, 0, 2])), 1, 0).values_n
+    found = weigh(section, material(duals_n=np.array([1.0, 3, 0, 2])), 1, 0).weights.values_n
     assert found == pytest.approx(np.array([0.5, 3, 0.5, 3]) / 1.75)
 
 
@@ -136,7 +169,7 @@ def test_a_tilt_is_fitted_to_all_and_some_are_weighed():
     # A quarter is 1 and shall be a half: weights 2 and 2/3 of all eight; the two that are weighed keep their ratio of 3.
     pool = material(raw_MK=np.array([[1.0, 0], *[[0, 0]] * 3] * 2), places_n=np.array([4, 5]), duals_n=np.ones(2))
     section = SelftrainConfig(weights=[{"type": "tilt", "means": {"right": 0.5}}])
-    assert weigh(section, pool, 1, 0).values_n == pytest.approx([1.5, 0.5], rel=1e-5)
+    assert weigh(section, pool, 1, 0).weights.values_n == pytest.approx([1.5, 0.5], rel=1e-5)
 
 
 def test_weights_of_prompts_by_hand():

@@ -42,6 +42,8 @@ from rewards.bus import RewardBus
 from rollout.prompts import prompt_order
 from rollout.types import SampleGroup
 
+_CHOICE, _WEIGHTS, _ORDER, _TUNING = range(4)  # what is drawn at random; the last is for new adapters and dropout
+
 
 class RoundError(RuntimeError):
     """A round has nothing to train on; the message says why and what helps."""
@@ -121,6 +123,7 @@ class Rounds:
         self._place = Place(PartialState().process_index, parts.plan.processes)
         self._score = partial(score_together, parts.bus, config=parts.config.scoring, pause=lambda: None, stop=lambda: False)
         self._timings: dict[str, float] = {}
+        self._said: set[str] = set()
 
     def run(self, number: int) -> None:
         """One round, from the weights of the one before to evaluated ones of its own.
@@ -183,7 +186,7 @@ class Rounds:
         """What this round trains on. Raises RoundError when that is nothing."""
         config, rounds = self.parts.config, self.parts.config.rounds
         passed = _passed(config, batch)
-        rng = np.random.default_rng(round_seed(config, number))
+        rng = np.random.default_rng(round_seed(config, number, _CHOICE))
         if rounds.method == "sft":
             chosen = choose_samples(passed.right_PG, rounds.mixed_only, rounds.per_prompt, rng)
         else:
@@ -213,12 +216,18 @@ class Rounds:
             self.parts.trusted,
         )
         try:
-            weights = weigh(config.selftrain, material, number, round_seed(config, number))
+            weighed = weigh(config.selftrain, material, number, round_seed(config, number, _WEIGHTS))
         except ValueError as error:
             raise RoundError(f"round {number}: {error}") from error
+        weights = weighed.weights
         if weights.collapsed:
             _say(f"round {number:>4}  weights collapsed (effective share {weights.ess:.3f}): they are equal in this round")
+        for name, line in weighed.missed.items():
+            if name not in self._said:
+                _say(f"round {number:>4}  {line}")
+        self._said |= weighed.missed.keys()
         figures = {"ess": weights.ess, "collapsed": float(weights.collapsed)}
+        figures |= {f"tilt/{name}": reached for name, reached in weighed.reached.items()}
         figures |= {"weight_mean": weights.values_n.mean(), "weight_max": weights.values_n.max()}
         if self.parts.reader is not None:
             figures["entropy"] = entropies_n.mean()
@@ -239,7 +248,7 @@ class Rounds:
 
     def _rows(self, number: int, batch: Batch, chosen: Chosen, weights: Weights) -> tuple[list[Row], Batches]:
         """What the trainer gets."""
-        rounds, seed = self.parts.config.rounds, round_seed(self.parts.config, number)
+        rounds, seed = self.parts.config.rounds, round_seed(self.parts.config, number, _ORDER)
         batches = Batches(rounds.batch_size, self.parts.plan.micro_batch_size, rounds.epochs, seed)
         given = (batch.groups, chosen, weights.values_n, batches)
         if rounds.method == "sft":
@@ -256,7 +265,7 @@ class Rounds:
         if PartialState().is_main_process and folder.exists():  # of a round that was cut off
             shutil.rmtree(folder)
         PartialState().wait_for_everyone()
-        own = {"max_steps": len(rows) // batches.batch_size, "seed": round_seed(config, number)}
+        own = {"max_steps": len(rows) // batches.batch_size, "seed": round_seed(config, number, _TUNING)}
         arguments = tuner_config(config.rounds.method, {**self.parts.options, **own})
         before = self._path(number - 1)
         adapts = config.policy.lora is not None

@@ -21,7 +21,7 @@ from align.selftrain.filters import passing
 from align.selftrain.pool import Entry, Pool, PoolFile, seed_entry
 from align.selftrain.rows import Pair
 from align.selftrain.weigh import Material, next_duals, weigh, weigh_prompts
-from align.selftrain.weights import Weights, answer_entropy
+from align.selftrain.weights import Weights, WeightsError, answer_entropy
 from align.together import from_main
 from rollout.types import SampleGroup
 
@@ -154,22 +154,26 @@ class SelfTraining:
             [entry.pair for entry in drawn],
             self.parts.sources.trusted,
         )
-        weights = self._weigh(material, step)
-        for entry in self._selftrain.weights:
-            if entry.type == "feasible":
-                self._pool.set_duals(drawn, next_duals(entry, material))
+        weights = self._weigh(material, step, drawn)
         self._log_weights("", weights, material.entropies_n, "selftrain.weights")
         lengths_n = np.array([len(entry.completion_ids) for entry in drawn], float)
         plain_n = np.ones_like(lengths_n) / lengths_n.sum() if term.normaliser == "tokens" else 1 / lengths_n / len(drawn)
         return Draw(material.pairs, weights.values_n * plain_n, plain_n)
 
-    def _weigh(self, material: Material, step: int) -> Weights:
-        """Equal weights where those that are wanted cannot be had from what the pool holds by now."""
+    def _weigh(self, material: Material, step: int, drawn: Sequence[Entry]) -> Weights:
+        """Equal weights where those that are wanted cannot be had from the pool by now; no multiplier moves then."""
         try:
-            return weigh(self._selftrain, material, step + 1, pool_seed(self.parts.config, step, _WEIGHTS))
-        except ValueError as error:
-            self._say_once(f"{error}: weights are equal until they can be had", key="selftrain.weights")
-            return Weights(np.ones(len(material.places_n)), 0.0, collapsed=True)
+            weighed = weigh(self._selftrain, material, step + 1, pool_seed(self.parts.config, step, _WEIGHTS))
+        except WeightsError as error:
+            self._say_once(f"{error}: weights are equal until they can be had", key="no weights")
+            return Weights(np.ones(len(material.places_n)), np.nan, collapsed=True)
+        for entry in self._selftrain.weights:
+            if entry.type == "feasible":
+                self._pool.set_duals(drawn, next_duals(entry, material))
+        self._add_metrics({f"selftrain/tilt/{name}": mean for name, mean in weighed.reached.items()})
+        for name, line in weighed.missed.items():
+            self._say_once(line, key=f"tilt {name}")
+        return weighed.weights
 
     def _losses(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Mean nats per completion token (S,) under the policy as it is; every process scores its share."""
@@ -241,11 +245,11 @@ class SelfTraining:
         if not np.isnan(entropies_n).all():
             figures["entropy"] = np.nanmean(entropies_n)
         self._add_metrics({f"selftrain/{prefix}{name}": float(value) for name, value in figures.items()})
-        if weights.collapsed:
+        if weights.collapsed and not np.isnan(weights.ess):  # else something else was said
             self._say_once(
                 f"{key} collapsed (effective share {weights.ess:.3f}, selftrain.least_ess={self._selftrain.least_ess:g}): "
                 "they are equal wherever that happens; selftrain/collapsed tells how often",
-                key=key,
+                key=f"{key} collapsed",
             )
 
     def _say_once(self, line: str, key: str = "") -> None:
