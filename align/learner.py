@@ -237,6 +237,7 @@ class Learner(PolicyAccess, SelfTraining, Probing, Controlling, GRPOTrainer):
                     self._probe.waiting_KK.tolist() if Signal.GRAM in self.parts.rules.scheme.needs else [],
                     self._watch.memory.to_json(),
                     self.selftraining_duals(),
+                    self.pooled,
                 ),
             )
             front = {point.step for point in self.parts.archive.front()} if config.checkpoint.keep_front else set()

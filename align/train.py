@@ -86,8 +86,11 @@ def build(run: Run) -> Built:
     check_shares(prompts, plan.processes)
     check_engine(config)
     sources = load_sources(config, tokenizer, tokenizer.eos_token_id, context)
-    if run.resumed:
-        refuse_other_pool(run.folder, config)
+    if run.checkpoint:
+        state = read_state(Path(run.checkpoint))
+        refuse_other_pool(run.folder, config, state.step, state.pooled)
+    elif run.resumed:
+        refuse_other_pool(run.folder, config, 0, 0)
     bus = build_bus(config, prompts.columns)
     from align.learner import GRPOConfig  # imports TRL: seconds, so after what is quick to refuse
     from align.learner_args import check_sharding, trl_arguments

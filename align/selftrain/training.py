@@ -54,6 +54,7 @@ class SelfTraining:
         parts = self.parts
         self._selftrain: SelftrainConfig | None = parts.config.selftrain
         self._said: set[str] = set()
+        self.pooled = 0  # samples in the file of the pool
         self._drawn = Draw()
         self._term_sums = torch.zeros(2)
         if self._learns_from_pool:
@@ -64,7 +65,9 @@ class SelfTraining:
     def resume_selftraining(self, duals: Sequence[float]) -> None:
         """From the file of the pool, cut back already, and the multipliers of a checkpoint."""
         if self._learns_from_pool:
-            self._pool.add(from_main(lambda: list(self._pool_file.read())))
+            entries = from_main(lambda: list(self._pool_file.read()))
+            self._pool.add(entries)
+            self.pooled = len(entries)
             if duals:
                 self._pool.set_duals(self._pool.entries, duals)
 
@@ -111,6 +114,7 @@ class SelfTraining:
         everywhere = gather_object([(entries, passed.failed)])
         entries = [entry for part, _ in everywhere for entry in part]
         self._pool.add(entries)
+        self.pooled += len(entries)
         if self.accelerator.is_main_process:
             self._pool_file.append(entries)
         kept = len(entries) / self.parts.plan.samples_per_batch
