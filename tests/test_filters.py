@@ -234,6 +234,13 @@ def test_answers_need_a_reward_that_reads_them():
             "kept needs weights of 20, above selftrain.cap=10",
         ),
         ("--selftrain.weights={type: tilt, means: {short: 1}}", "selftrain.weights[0].means: unknown objective 'short'"),
+        (
+            "--selftrain={least_ess: 0.9, weights: {type: importance, trusted: t}}",
+            "share=0.8 that is kept is below selftrain",
+        ),
+        ("--selftrain.filter.at_least.accuracy=1.5", "selftrain.filter.at_least.accuracy: 1.5 is outside the bounds [0, 1]"),
+        ("--selftrain.filter={at_most: {brevity: -1}}", "selftrain.filter.at_most.brevity: -1 is outside the bounds [0, 1]"),
+        ("--selftrain.weights={type: tilt, means: {clarity: 2}}", "selftrain.weights[0].means.clarity: 2 is outside the"),
         ("--rounds=null", "selftrain: nothing here trains on the policy's samples"),
         ("--selftrain=null", "selftrain is missing"),
         ("--selftrain.term={samples: 8}", "selftrain.term: rounds have no updates by advantages that it could act on"),

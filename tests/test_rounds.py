@@ -15,6 +15,7 @@ from accelerate import DeepSpeedPlugin
 from safetensors.torch import load_file
 
 from align import cli
+from align.advice import advise
 from align.learner_args import check_sharding
 from align.load import ConfigError, load_config
 from align.plan import make_plan
@@ -106,6 +107,15 @@ def test_a_resumed_run_ends_as_if_nothing_had_happened(straight, tmp_path, cut_o
         assert (folder / name).read_bytes() == (straight / name).read_bytes(), name
     mine, theirs = weights_of(folder, 2), weights_of(straight, 2)
     assert all((mine[key] == theirs[key]).all() for key in theirs)
+
+
+def test_choices_that_do_not_do_what_they_seem_to():
+    assert not advise(load_config(CONFIG, []))
+    section = "--selftrain={filter: {}, weights: [{type: loss, warm_up: 3}]}"
+    assert advise(load_config(CONFIG, [section])) == [
+        "selftrain.filter asks for nothing, so every sample passes, right or wrong",
+        "selftrain.weights[0].warm_up=3 leaves no round of 3 with weights",
+    ]
 
 
 def test_a_complete_run_says_so(straight, capsys):
@@ -207,6 +217,8 @@ def test_each_command_knows_its_configurations(tmp_path, capsys):
     [
         ("--rounds.method=ppo", "rounds.method: 'ppo' is not valid"),
         ("--rounds.lr=1", "unknown key 'lr'"),
+        ("--steps=100", "steps=100: rounds.count=3 says how long rounds go on: remove steps"),
+        ("--rollout.prompts_per_batch=8", "rollout.prompts_per_batch=8: rounds sample rounds.prompts=256: remove it"),
         ("--rounds={prompts: 4}", "rounds.count is missing"),
         ("--estimator=rloo", "estimator: rounds fine-tune without advantages: remove it"),
         ("--weighting={type: covariance}", "weighting: rounds weight samples and not objectives: remove it"),
