@@ -20,6 +20,7 @@ from align.learner_args import check_sharding
 from align.load import ConfigError, load_config
 from align.plan import make_plan
 from align.rounds import rounds
+from align.sampling import round_seed
 from align.selftrain import round as round_module
 from align.train import train
 from tests.conftest import QUICKSTART, ROOT, environment, read_lines
@@ -83,6 +84,11 @@ def test_every_round_goes_on_with_the_weights_of_the_one_before(straight):
     start = load_file(ROOT / "align" / "policies" / "arithmetic" / "model.safetensors")
     steps = [np.abs(weights_of(straight, n)["lm_head.weight"] - start["lm_head.weight"].numpy()).max() for n in (1, 2)]
     assert 0 < steps[0] < steps[1]
+
+
+def test_a_round_draws_by_a_seed_for_each_use():
+    config = load_config(CONFIG, [])
+    assert len({round_seed(config, number, use) for number in (1, 2) for use in range(4)}) == 8
 
 
 def test_its_checkpoints_can_be_evaluated(straight, capsys, tmp_path):

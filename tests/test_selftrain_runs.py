@@ -87,7 +87,9 @@ def test_the_weights_of_an_update_by_hand(alone):
         assert weights.std() > 0.1
         np.testing.assert_allclose(draw.factors_n, weights / sum(len(pair[1]) for pair in draw.pairs), rtol=1e-4)
         descend(model, draw, selftrain_run.SELFTRAIN["term"]["coefficient"])
-    kept = json.loads((folder / LAST).with_name("paretune.json").read_text())["duals"]
+    state = json.loads((folder / LAST).with_name("paretune.json").read_text())
+    assert state["pooled"] == len(rows)
+    kept = state["duals"]
     entries = [(entry.prompt_ids, entry.completion_ids) for entry in learner._pool.entries]
     np.testing.assert_allclose(kept, [duals.get(key, 1.0) for key in entries], rtol=1e-4)
     assert min(kept) < 1 < max(kept)
