@@ -9,7 +9,7 @@ from align.config.weighting import Adaptive
 def advise(config: Config) -> list[str]:
     """Warnings about combinations of keys."""
     if config.rounds is not None:
-        return []  # what it knows of belongs to training by advantages
+        return _on_samples_of_their_own(config, config.rounds.count)  # the rest belongs to training by advantages
     return [
         *_on_weights(config),
         *_on_moves(config),
@@ -234,18 +234,12 @@ def _on_selftraining(config: Config) -> list[str]:
         )
     if section.term is None:
         return warnings
-    if not section.filter.asks:
-        warnings.append("selftrain.filter asks for nothing, so every sample passes, right or wrong")
+    warnings += _on_samples_of_their_own(config, config.steps)
     if section.pool.size < section.term.samples:
         warnings.append(
             f"selftrain.pool.size={section.pool.size} is less than selftrain.term.samples={section.term.samples}: an update "
             "learns from the whole pool"
         )
-    for i, weights in enumerate(section.weights):
-        if weights.type == "loss" and weights.warm_up >= config.steps:
-            warnings.append(
-                f"selftrain.weights[{i}].warm_up={weights.warm_up} leaves no step of {config.steps} with weights"
-            )
     return warnings
 
 
@@ -267,13 +261,26 @@ def _on_domains(config: Config) -> list[str]:
     return warnings
 
 
+def _on_samples_of_their_own(config: Config, count: int) -> list[str]:
+    """Filter and weights of training, or of rounds; `count` of steps, or of rounds."""
+    section, unit = config.selftrain, "step" if config.rounds is None else "round"
+    warnings = [] if section.filter.asks else ["selftrain.filter asks for nothing, so every sample passes, right or wrong"]
+    return warnings + [
+        f"selftrain.weights[{i}].warm_up={weights.warm_up} leaves no {unit} of {count} with weights"
+        for i, weights in enumerate(section.weights)
+        if weights.type == "loss" and weights.warm_up >= count
+    ]
+
+
 def advise_on_prompts(config: Config, prompts: PromptSets) -> list[str]:
     """Warnings about the data."""
-    warnings = []
-    if len(prompts.train) < config.rollout.prompts_per_batch:
+    warnings, key, size = [], "rollout.prompts_per_batch", config.rollout.prompts_per_batch
+    if config.rounds is not None:
+        key, size = "rounds.prompts", config.rounds.prompts
+    if len(prompts.train) < size:
         warnings.append(
-            f"there are fewer training prompts ({len(prompts.train)}) than rollout.prompts_per_batch "
-            f"({config.rollout.prompts_per_batch}): a batch repeats prompts"
+            f"there are fewer training prompts ({len(prompts.train)}) than {key} ({size}): a "
+            f"{'batch' if config.rounds is None else 'round'} repeats prompts"
         )
     trained_on = {prompt.text for prompt in prompts.train}
     shared = sum(prompt.text in trained_on for prompt in prompts.evaluation)

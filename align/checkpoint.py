@@ -25,6 +25,7 @@ class RunState:
         gram: Inner products of the objectives' gradients (K, K) that wait for the next batch; empty when there are none.
         watch: What the watch for reward hacking remembers, as JSON.
         duals: Multipliers of the samples in the pool, in their order; empty when there are none.
+        pooled: Samples in `pool.jsonl`.
     """
 
     step: int
@@ -35,6 +36,7 @@ class RunState:
     gram: list[list[float]] = field(default_factory=list)
     watch: dict[str, Any] = field(default_factory=dict)
     duals: list[float] = field(default_factory=list)
+    pooled: int = 0
 
 
 def checkpoint_name(step: int) -> str:

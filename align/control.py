@@ -1,7 +1,6 @@
 """Distributional control of a run: what `estimator: dpg` decides batch by batch, and remembers. Pure functions of arrays."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,7 +15,7 @@ _CORRECTIONS = 8  # of what is asked of the fit; each leaves a small part of the
 
 
 class ControlError(RuntimeError):
-    """The distribution that was asked for cannot be had from what the policy samples; found before the first update."""
+    """The distribution that was asked for cannot be had from what the policy samples."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +82,7 @@ def fit_control(
         reached_F = dpg.jackknifed_moments(tilt.weights_N, features_PGF[counts_PG], groups_PG[counts_PG])
         for f, name in enumerate(estimator.moments):
             figures |= {f"fit/reached/{name}": reached_F[f], f"fit/given/{name}": features_PGF[counts_PG][:, f].mean()}
+            figures[f"fit/gap/{name}"] = abs(estimator.moments[name] - reached_F[f]) / np.ptp(features_PGF[counts_PG][:, f])
             figures[f"coefficient/{name}"] = coefficients_F[f]
     log_weights_PG = dpg.log_target(np.zeros(counts_PG.shape), features_PGF, coefficients_F, holds_PG)
     log_mean = dpg.log_means(log_weights_PG[present_PG][None])[0]
@@ -160,7 +160,7 @@ def features_of(
 def _tilt(estimator: DpgEstimator, features_NF: np.ndarray, groups_N: np.ndarray) -> Tilt:
     """The tilt whose jackknifed moments are those wanted: the plain ones of small groups lie below what p really has.
 
-    What is asked of `fit_tilt` is moved by what the jackknife finds missing, a few times over.
+    What is asked of `fit_tilt` is moved by what the jackknife finds missing, a few times over, as long as that can be had.
     """
     names, moments_F = list(estimator.moments), np.array(list(estimator.moments.values()))
     try:
@@ -173,9 +173,20 @@ def _tilt(estimator: DpgEstimator, features_NF: np.ndarray, groups_N: np.ndarray
     asked_F = moments_F
     for _ in range(_CORRECTIONS):
         asked_F = asked_F + moments_F - dpg.jackknifed_moments(tilt.weights_N, features_NF, groups_N)
-        with suppress(TiltError):  # then the plain one has to do
+        try:
             tilt = fit_tilt(features_NF, asked_F, None, estimator.fit.tolerance / 10, groups_N, names)
+        except TiltError:
+            break  # the last one has to do
     return tilt
+
+
+def unreached(estimator: DpgEstimator, figures: Mapping[str, float]) -> list[str]:
+    """Which moments the fit that has these figures leaves further than the tolerance from what is wanted."""
+    return [
+        f"{name} {figures[f'fit/reached/{name}']:.3g} in the place of {moment:g}"
+        for name, moment in estimator.moments.items()
+        if figures[f"fit/gap/{name}"] > estimator.fit.tolerance
+    ]
 
 
 def _normaliser(estimator: DpgEstimator, state: ControlState, log_weights_PG: np.ndarray) -> tuple[ControlState, np.ndarray]:

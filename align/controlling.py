@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, gather
+from accelerate.utils import gather
 from torch import nn
 from tqdm.auto import tqdm
 
 from align.checkpoint import checkpoint_name
-from align.control import ControlError, fit_control
+from align.control import fit_control, unreached
 from align.sampling import Place, fit_params
 from align.step import raw_rewards
 from rollout.types import SampleGroup
@@ -94,8 +94,6 @@ class Controlling:
     def _fit_control(self) -> None:
         """Sample the reference policy, which the policy still is, and fit the target to what its samples are worth."""
         parts, start = self.parts, time.perf_counter()
-        if self._adaptive and self.accelerator.distributed_type == DistributedType.FSDP:
-            raise ControlError("estimator.proposal=adaptive cannot be had under FSDP: take newest, or ZeRO-3")
         estimator, place = parts.config.estimator, Place(self.accelerator.process_index, parts.plan.processes)
         count = -(-estimator.fit.prompts // place.processes) * place.processes
         order = parts.prompts.order(count, parts.config.seed)
@@ -109,6 +107,11 @@ class Controlling:
         if self.accelerator.is_main_process:
             lines = [f"{name} {value:.3g}" for name, value in figures.items()]
             tqdm.write(f"dpg: target fitted on {raw_PGK.shape[0]} x {raw_PGK.shape[1]} samples: {', '.join(lines)}")
+            if missed := unreached(estimator, figures):
+                tqdm.write(
+                    f"dpg: the target has {', '.join(missed)}, further off than estimator.fit.tolerance="
+                    f"{estimator.fit.tolerance:g}: more samples per prompt (estimator.fit.samples_per_prompt) help"
+                )
 
     def _renew_proposal(self) -> None:
         """Note the policy's parameters when it becomes the proposal; after resuming read them, unless it does just now."""

@@ -31,6 +31,7 @@ with hidden("vllm"):  # TRL has its own use for it, we have not
 
 from align.archive import ParetoPoint
 from align.checkpoint import STATE_FILE, RunState, checkpoint_name, prune, read_state, write_state
+from align.control import ControlError
 from align.controlling import Controlling
 from align.correction import correction_metrics, correction_sums
 from align.evaluate import evaluate
@@ -118,7 +119,7 @@ class Learner(PolicyAccess, SelfTraining, Probing, Controlling, GRPOTrainer):
         try:
             signals = self._signals(output)
             result = take_step(self.parts.rules, self.weight_state, self._gathered, step, signals)
-        except MissingRewardError:
+        except (MissingRewardError, ControlError):
             self.state.num_input_tokens_seen = self._tokens_before  # the batch will be sampled again
             raise
         watched = self._watch_batch(step + 1, result.state)
@@ -236,6 +237,7 @@ class Learner(PolicyAccess, SelfTraining, Probing, Controlling, GRPOTrainer):
                     self._probe.waiting_KK.tolist() if self.parts.rules.probes else [],
                     self._watch.memory.to_json(),
                     self.selftraining_duals(),
+                    self.pooled,
                 ),
             )
             front = {point.step for point in self.parts.archive.front()} if config.checkpoint.keep_front else set()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from transformers import TrainingArguments
 
 from align.config import Config, Signal
 from align.launch import told_to_use_cpu
@@ -70,6 +71,20 @@ def tuner_arguments(config: Config, plan: Plan, checkpoints: Path) -> dict[str, 
     if config.rounds.method != "sft":
         owned |= {"beta": config.rounds.beta, "precompute_ref_log_probs": True}
     return _defaults(config, plan) | dict(config.trl) | owned
+
+
+def check_sharding(config: Config, arguments: TrainingArguments) -> None:
+    """Raise ValueError when the launcher shares out weights in a way that the run cannot do with."""
+    estimator, plugin = config.estimator, arguments.deepspeed_plugin
+    fsdp = bool(arguments.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    if estimator.type == "dpg" and estimator.proposal == "adaptive" and fsdp:
+        raise ValueError("estimator.proposal=adaptive cannot be had under FSDP: take newest, or launch with ZeRO-3")
+    if config.rounds is not None and plugin is not None and plugin.zero_stage == 3 and not plugin.zero3_save_16bit_model:
+        raise ValueError(
+            "rounds go on from the weights that the last one wrote, and ZeRO-3 writes them whole only with "
+            "zero3_save_16bit_model: true in deepspeed_config of the accelerate file (in a DeepSpeed file "
+            "stage3_gather_16bit_weights_on_model_save): add it"
+        )
 
 
 def _defaults(config: Config, plan: Plan) -> dict[str, Any]:

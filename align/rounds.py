@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from align.advice import advise_on_prompts
+from align.advice import advise, advise_on_prompts
 from align.build import PromptSets, build_bus, check_shares, load_prompts, load_tokenizer, locate_policy, objectives_of
 from align.checkpoint import read_state
 from align.config import describe_sampling
@@ -88,11 +88,12 @@ def build(run: Run) -> Built:
     check_engine(config)
     reader, trusted = reader_of(config), load_trusted(config, tokenizer, tokenizer.eos_token_id, context)
     bus = build_bus(config, prompts.columns)
-    from align.learner_args import tuner_arguments
+    from align.learner_args import check_sharding, tuner_arguments
     from align.selftrain.tuners import tuner_config  # imports TRL: seconds, so after what is quick to refuse
 
     options = tuner_arguments(config, plan, run.folder / "checkpoints")
     tried = tuner_config(config.rounds.method, options)
+    check_sharding(config, tried)
     precision = "bf16" if tried.bf16 else "fp16" if tried.fp16 else "no"
     return Built(model, tokenizer, prompts, bus, plan, options, precision, reader, trusted)
 
@@ -187,7 +188,8 @@ def _summary(run: Run, built: Built) -> str:
         f"tuning     {section.method}, {section.epochs} pass(es), {section.batch_size} per update: "
         f"{plan.processes} process(es) x {plan.accumulation} x {plan.micro_batch_size}",
     ]
-    return "\n".join([*lines, *(f"warning    {warning}" for warning in advise_on_prompts(config, built.prompts))])
+    warnings = [*advise(config), *advise_on_prompts(config, built.prompts)]
+    return "\n".join([*lines, *(f"warning    {warning}" for warning in warnings)])
 
 
 if __name__ == "__main__":

@@ -137,7 +137,9 @@ def flatten(table: dict, prefix: str = "") -> dict[str, object]:
 def write_folder(run: Run) -> None:
     """Make the folder, and write down the configuration and, once, what it started with."""
     run.folder.mkdir(parents=True, exist_ok=True)
-    replace_text(run.folder / "config.json", json.dumps(run.config.model_dump(mode="json"), indent=2) + "\n")
+    decided = {"steps"} if run.config.rounds is not None else set()  # by a key that a resumed run may change
+    resolved = run.config.model_dump(mode="json", exclude=decided)
+    replace_text(run.folder / "config.json", json.dumps(resolved, indent=2) + "\n")
     if run.resumed:
         return
     environment = {

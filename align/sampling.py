@@ -78,6 +78,6 @@ def _seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0]) >> 1
 
 
-def round_seed(config: Config, number: int) -> int:
-    """Of what a round of self-training draws besides its samples: which it trains on, in which order, new adapters."""
-    return _seed(config.seed, _ROUND, number)
+def round_seed(config: Config, number: int, use: int) -> int:
+    """Of what a round of self-training draws besides its samples, for each of its uses."""
+    return _seed(config.seed, _ROUND, number, use)

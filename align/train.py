@@ -86,14 +86,18 @@ def build(run: Run) -> Built:
     check_shares(prompts, plan.processes)
     check_engine(config)
     sources = load_sources(config, tokenizer, tokenizer.eos_token_id, context)
-    if run.resumed:
-        refuse_other_pool(run.folder, config)
+    if run.checkpoint:
+        state = read_state(Path(run.checkpoint))
+        refuse_other_pool(run.folder, config, state.step, state.pooled)
+    elif run.resumed:
+        refuse_other_pool(run.folder, config, 0, 0)
     bus = build_bus(config, prompts.columns)
     from align.learner import GRPOConfig  # imports TRL: seconds, so after what is quick to refuse
-    from align.learner_args import trl_arguments
+    from align.learner_args import check_sharding, trl_arguments
 
-    arguments = trl_arguments(config, plan, run.folder / "checkpoints", run.evaluates_first)
-    return Built(model, tokenizer, prompts, bus, plan, sources, GRPOConfig(**arguments))
+    trl = GRPOConfig(**trl_arguments(config, plan, run.folder / "checkpoints", run.evaluates_first))
+    check_sharding(config, trl)
+    return Built(model, tokenizer, prompts, bus, plan, sources, trl)
 
 
 def build_learner(
@@ -182,7 +186,10 @@ def _run(run: Run, built: Built) -> int:
         print(flush=True)  # below the progress bar
         return fail(error, f"Nothing is lost: mend it, then {go_on}")
     except ControlError as error:
+        learner.save_unless_saved()
         print(flush=True)
+        if learner.state.global_step:
+            return fail(error, f"Nothing is lost: mend the reward, then {go_on}")
         return fail(error, "The target of a run is settled when it starts: begin another, with another --output")
     finally:
         learner.rollouts.close()

@@ -29,7 +29,7 @@ from rollout.local import LocalSampler
 from rollout.prompts import Rendering, render_prompts
 from rollout.sampler import SamplingParams
 from rollout.types import SampleGroup
-from scripts.study_schemes import ROOT, interval, markdown, paretune
+from scripts.study_schemes import ROOT, interval, markdown, train_once
 
 PATTERN = "[^;]*;[^;]*"
 MOMENT, TOLERANCE = 0.5, 0.05
@@ -79,22 +79,18 @@ def main() -> None:
 def run(name: str, seed: int, output: Path, overrides: list[str]) -> Path:
     """Train one variant unless it is complete; its folder."""
     folder = output / f"{name.replace(', ', '-').replace(' ', '-')}-seed{seed}"
-    if (folder / "report.html").exists():
-        return folder
-    if (folder / "config.json").exists():
-        paretune("train", "--resume", str(folder))
-        return folder
     extra = FIT["prompts"] * FIT["samples_per_prompt"] // BATCH
     reinforce = VARIANTS[name]["type"] == "reinforce"
     steps = STEPS + extra if reinforce else STEPS
     every = EVERY if reinforce else steps
     weights = {"one_step": 1, "accuracy": 0}
-    paretune(
-        "train", "--config", str(ROOT / "configs" / "quickstart.yaml"), f"--output={folder}", f"--seed={seed}",
+    given = [
+        f"--seed={seed}",
         f"--objectives={json.dumps(OBJECTIVES)}", f"--weighting={json.dumps({'type': 'fixed', 'weights': weights})}",
         f"--estimator={json.dumps(VARIANTS[name])}", f"--steps={steps}", f"--evaluation.every={every}",
         f"--checkpoint.every={every}", "--checkpoint.keep=1000", "--trl.lr_scheduler_type=linear", *overrides,
-    )  # fmt: skip
+    ]  # fmt: skip
+    train_once(folder, ROOT / "configs" / "quickstart.yaml", given)
     return folder
 
 

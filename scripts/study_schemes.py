@@ -20,6 +20,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from align.archive import hypervolume_share, read_points
+from align.load import load_config
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECTIVES = {
@@ -89,19 +90,27 @@ def run(name: str, seed: int, weighting: dict, output: Path, overrides: list[str
     """Train one variant unless it is complete; its archive, and its training means over the last fifth of the steps."""
     folder = output / f"{name.replace('/', '-').replace(', ', '-').replace(' ', '-')}-seed{seed}"
     combination = "normalize_then_sum" if name == "normalize_then_sum" else "estimate_then_sum"
-    if (folder / "report.html").exists():
-        pass  # written at the end of a run
-    elif (folder / "config.json").exists():
-        paretune("train", "--resume", str(folder))
-    else:
-        config = ["--config", str(ROOT / "configs" / "quickstart.yaml"), f"--output={folder}", f"--seed={seed}"]
-        chosen = [f"--weighting={json.dumps(weighting)}", f"--combination={combination}"]
-        paretune("train", *config, *COMMON, *chosen, *overrides)
+    chosen = [f"--weighting={json.dumps(weighting)}", f"--combination={combination}"]
+    train_once(folder, ROOT / "configs" / "quickstart.yaml", [f"--seed={seed}", *COMMON, *chosen, *overrides])
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     last = lines[-len(lines) // 5 :]
     means = {o: float(np.mean([line[f"objectives/{o}/mean"] for line in last])) for o in OBJECTIVES}
     points = [[point.values[o] for o in OBJECTIVES] for point in read_points(folder / "archive.jsonl")]
     return {"last": means, "points": points}
+
+
+def train_once(folder: Path, config: Path, overrides: list[str]) -> None:
+    """Train, or go on, unless the run is complete; stops when the folder holds a run of other keys."""
+    given = [*overrides, f"--output={folder}"]
+    if not (folder / "config.json").exists():
+        paretune("train", "--config", str(config), *given)
+        return
+    asked, held = (load_config(str(file), more) for file, more in ((config, given), (folder / "config.json", given[-1:])))
+    different = [key for key in type(asked).model_fields if getattr(asked, key) != getattr(held, key)]
+    if different:
+        sys.exit(f"{folder} holds a run with other values of {', '.join(different)}: give the same, or another --output")
+    if not (folder / "report.html").exists():  # written at the end of a run
+        paretune("train", "--resume", str(folder))
 
 
 def paretune(*arguments: str) -> None:

@@ -20,7 +20,7 @@ from align.archive import read_points
 from align.load import load_config
 from rewards.arithmetic import worked_steps
 from rollout.arithmetic import expressions, gsm8k_expressions
-from scripts.study_schemes import ROOT, interval, markdown, paretune
+from scripts.study_schemes import ROOT, interval, markdown, train_once
 
 WEIGHTS = {"accuracy": 0.6, "brevity": 0.4}
 OBJECTIVES = {
@@ -102,17 +102,10 @@ def section(weights: list[str], trusted: Path) -> dict:
 def run(name: str, seed: int, task: str, output: Path, trusted: Path, overrides: list[str]) -> list[dict[str, float]]:
     """Train one variant unless it is complete; held-out means of every evaluation, and their weighted sum."""
     folder = output / f"{name.replace('+ ', '').replace(', ', '-').replace(' ', '-')}-seed{seed}"
-    if (folder / "report.html").exists():
-        pass  # written at the end of a run
-    elif (folder / "config.json").exists():
-        paretune("train", "--resume", str(folder))
-    else:
-        weights = VARIANTS[name]
-        extra = [] if weights is None else [f"--selftrain={json.dumps(section(weights, trusted))}"]
-        given = ["--config", str(ROOT / "configs" / CONFIGS[task]), f"--output={folder}", f"--seed={seed}"]
-        paretune(
-            "train", *given, f"--steps={STEPS[task]}", f"--evaluation.every={STEPS[task] // 4}", *COMMON, *extra, *overrides
-        )
+    weights, steps = VARIANTS[name], STEPS[task]
+    extra = [] if weights is None else [f"--selftrain={json.dumps(section(weights, trusted))}"]
+    given = [f"--seed={seed}", f"--steps={steps}", f"--evaluation.every={steps // 4}", *COMMON, *extra, *overrides]
+    train_once(folder, ROOT / "configs" / CONFIGS[task], given)
     points = [{o: point.values[o] for o in OBJECTIVES} for point in read_points(folder / "archive.jsonl")]
     return [point | {"sum": sum(WEIGHTS[o] * point[o] for o in OBJECTIVES)} for point in points]
 

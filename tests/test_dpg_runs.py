@@ -1,6 +1,7 @@
 """`estimator: dpg` in training: the learner's step, resuming, several processes, and what is refused."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from align.build import locate_model
 from align.callbacks import ScheduleCallback
 from align.config import describe
 from align.controlling import PROPOSAL_FILE
+from align.learner_args import check_sharding
 from align.load import ConfigError, load_config
 from align.plan import Schedule
 from align.runfolder import open_run
 from align.train import build, build_learner
 from tests.conftest import QUICKSTART, overrides, read_lines
+from tests.test_train import run_in
 
 ONE_STEP = '{one_step: {reward: regex_match, args: {pattern: "[^;]*;[^;]*"}}, accuracy: {reward: arithmetic_accuracy}}'
 TARGET = (
@@ -152,11 +155,59 @@ def test_two_processes_have_one_target_and_each_its_own_advantages(launch, tmp_p
         (["--trl.mask_truncated_completions=true"], "leaves out samples that the target has"),
         (["--estimator.proposal=adaptive", "--rollout.engine=vllm"], "vLLM servers are sent the newest"),
         (["--estimator.cap=0.5"], "estimator.*cap"),
+        (["--objectives.one_step.missing=neutral"], r"objectives\.one_step\.missing=neutral: estimator.type=dpg"),
+        (
+            ["--estimator.always=[accuracy]", "--objectives.accuracy.missing=neutral"],
+            r"objectives\.accuracy\.missing=neutral: estimator.type=dpg would count the mean",
+        ),
     ],
 )  # fmt: skip
 def test_what_contradicts_the_estimator_is_refused(changes, sentence):
     with pytest.raises(ConfigError, match=sentence):
         load_config(QUICKSTART, [*TARGET, *changes])
+
+
+def test_what_is_only_watched_may_be_filled_in():
+    assert load_config(QUICKSTART, [*TARGET, "--objectives.accuracy.missing=neutral"])
+
+
+def test_an_earlier_policy_cannot_be_sampled_under_fsdp():
+    config = load_config(QUICKSTART, [*ADAPTIVE])
+    check_sharding(config, SimpleNamespace(fsdp=None, deepspeed_plugin=None))
+    with pytest.raises(ValueError, match="proposal=adaptive cannot be had under FSDP"):
+        check_sharding(config, SimpleNamespace(fsdp="full_shard", deepspeed_plugin=None))
+
+
+def test_fsdp_is_known_before_a_model_loads(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    run = open_run(QUICKSTART, "", [*overrides(tmp_path / "run", *ADAPTIVE)[2:]])
+    with pytest.raises(ValueError, match="proposal=adaptive cannot be had under FSDP"):
+        build(run)
+
+
+UNSURE = """
+calls = 0
+def unsure(text):
+    global calls
+    calls += 1
+    return 0.5 if calls > 16 * 16 + 2 * 16 else float(len(text) % 2)  # after the fit and two batches
+"""
+
+
+def test_what_neither_holds_nor_not_stops_a_run_that_goes_on_once_it_is_mended(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(UNSURE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    odd = "--objectives={odd: {reward: my_rewards:unsure}}"
+    always = "--estimator={type: dpg, always: [odd], fit: {prompts: 16, samples_per_prompt: 16}}"
+    more = (odd, "--weighting={type: fixed, weights: {odd: 1}}", always, *SHORT, "--checkpoint.every=100")
+    result = run_in(tmp_path, *overrides(tmp_path / "run", *more))
+    assert result.returncode == 2
+    assert "estimator.always: 'odd' had the value 0.5" in result.stderr
+    assert "Nothing is lost: mend the reward, then " in result.stderr
+    assert (tmp_path / "run" / "checkpoints" / "checkpoint-2" / "paretune.json").exists()
+    (tmp_path / "my_rewards.py").write_text(UNSURE.replace("0.5 if", "1.0 if"))
+    assert run_in(tmp_path, "--resume", str(tmp_path / "run")).returncode == 0
+    assert [row["step"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4]
 
 
 def test_the_target_is_told():

@@ -12,6 +12,7 @@ from align.selftrain.filters import best_of_group, in_majority, passing, reader_
 from align.selftrain.sources import load_trusted
 from align.selftrain.tilt import TiltError
 from align.selftrain.weigh import Material, weigh, weigh_prompts
+from align.selftrain.weights import WeightsError
 from rewards.types import Missing, Objective
 from tests.conftest import ROOT
 
@@ -20,10 +21,12 @@ NAN = np.nan
 OBJECTIVES = [Objective("right", True, (0, 1), Missing.FAIL), Objective("length", False, (0, 20), Missing.FAIL)]
 RAW = np.array([[[1, 5], [1, 12], [0, 3], [NAN, 1]], [[0, 9], [0, 9], [1, 9], [1, NAN]]])  # (P, G, K) = (2, 4, 2)
 ANSWERS = [["7", "7", "5", None], ["1", "2", "2", "1"]]
+TOKENS = np.ones((2, 4), int)
 
 
 def filtered(**rules) -> tuple[list, dict]:
-    passed = passing(FilterConfig(**rules), OBJECTIVES, RAW, ANSWERS)
+    passed = passing(FilterConfig(**rules), OBJECTIVES, RAW, ANSWERS, TOKENS)
+    assert passed.failed.pop("has tokens") == 0
     return passed.right_PG.astype(int).tolist(), passed.failed
 
 
@@ -34,6 +37,12 @@ def test_thresholds_in_the_units_of_the_objectives():
 
 def test_nothing_asked_lets_all_pass():
     assert filtered() == ([[1] * 4] * 2, {})
+
+
+def test_a_sample_without_tokens_never_passes():
+    passed = passing(FilterConfig(), OBJECTIVES, RAW, ANSWERS, np.array([[0, 3, 1, 1], [2, 0, 0, 9]]))
+    assert passed.right_PG.astype(int).tolist() == [[0, 1, 1, 1], [1, 0, 0, 1]]
+    assert passed.failed == {"has tokens": 3}
 
 
 def test_the_majority():
@@ -62,7 +71,7 @@ def material(**more) -> Material:
 
 
 def weights(*entries, number: int = 1, **section) -> np.ndarray:
-    return weigh(SelftrainConfig(weights=list(entries), **section), material(), number, seed=5).values_n
+    return weigh(SelftrainConfig(weights=list(entries), **section), material(), number, seed=5).weights.values_n
 
 
 def test_weights_by_hand():
@@ -98,16 +107,48 @@ def test_a_tilt_reaches_its_means():
 
 def test_shuffled_weights_are_the_same_ones_elsewhere():
     seen = {
-        tuple(weigh(SelftrainConfig(weights=["entropy", "shuffled"]), material(), 1, seed).values_n) for seed in range(9)
+        tuple(weigh(SelftrainConfig(weights=["entropy", "shuffled"]), material(), 1, seed).weights.values_n)
+        for seed in range(9)
     }
     assert len(seen) > 2
     assert {tuple(sorted(values)) for values in seen} == {(0.0, 1.0, 1.0, 2.0)}
 
 
 def test_too_few_that_count_make_all_count():
-    composed = weigh(SelftrainConfig(weights=[{"type": "entropy", "power": 20}], least_ess=0.5), material(), 1, 0)
+    composed = weigh(SelftrainConfig(weights=[{"type": "entropy", "power": 20}], least_ess=0.5), material(), 1, 0).weights
     assert composed.collapsed
     assert composed.values_n.tolist() == [1] * 4
+
+
+def test_what_others_take_of_a_tilt_is_told():
+    # Half of four are right, and 3/4 are wanted: weights 1.5, 1.5, 0.5, 0.5.
+    tilt = {"type": "tilt", "means": {"right": 0.75}}
+
+    def weighed(*entries, **section):
+        return weigh(SelftrainConfig(weights=[tilt, *entries], **section), material(), 1, seed=5)
+
+    assert weighed().reached == {"right": pytest.approx(0.75)}
+    assert not weighed().missed
+    # Times entropies 0, 1, 1, 2: 0, 1.5, 0.5, 1, of which the right ones have a half.
+    found = weighed("entropy")
+    assert found.reached == {"right": pytest.approx(0.5, abs=1e-6)}
+    assert found.missed["right"].startswith("tilt: the mean of 'right' is 0.5, where 0.75 is wanted: other weights, ")
+    assert weighed(cap=1.2).reached == {"right": pytest.approx(0.6)}  # 1.2, 1.2, 0.8, 0.8
+    assert weighed(cap=1.2).missed.keys() == {"right"}
+    assert weighed(least_ess=0.9).reached == {"right": pytest.approx(0.5)}  # of 4 / 5, given up
+    assert not weighed("shuffled").missed  # which is there for that
+
+
+def test_only_what_cannot_be_had_is_an_error_of_weights():
+    """Not a loss that is no number: that is no matter of the pool."""
+    with pytest.raises(WeightsError):
+        weights({"type": "tilt", "means": {"length": 2}})
+    with pytest.raises(WeightsError):
+        weights({"type": "entropy", "power": 5000})
+    lost = material(measure=lambda pairs: np.full(len(pairs), NAN))
+    with pytest.raises(ValueError, match="number 0 of 4 is nan") as error:
+        weigh(SelftrainConfig(weights=[{"type": "loss"}]), lost, 1, 0)
+    assert not isinstance(error.value, WeightsError)
 
 
 def test_a_missing_value_is_not_guessed():
@@ -120,7 +161,7 @@ def test_a_missing_value_is_not_guessed():
 def test_multipliers_go_on_from_where_they_were():
     # d + 0.5 (loss - 2): 1 - 0.5, 3, 0 + 0.5, 2 + 1, with mean 7 / 4.
     section = SelftrainConfig(weights=[{"type": "feasible", "threshold": 2, "rate": 0.5}])
-    found = weigh(section, material(duals_n=np.array([1.0, 3, 0, 2])), 1, 0).values_n
+    found = weigh(section, material(duals_n=np.array([1.0, 3, 0, 2])), 1, 0).weights.values_n
     assert found == pytest.approx(np.array([0.5, 3, 0.5, 3]) / 1.75)
 
 
@@ -128,7 +169,7 @@ def test_a_tilt_is_fitted_to_all_and_some_are_weighed():
     # A quarter is 1 and shall be a half: weights 2 and 2/3 of all eight; the two that are weighed keep their ratio of 3.
     pool = material(raw_MK=np.array([[1.0, 0], *[[0, 0]] * 3] * 2), places_n=np.array([4, 5]), duals_n=np.ones(2))
     section = SelftrainConfig(weights=[{"type": "tilt", "means": {"right": 0.5}}])
-    assert weigh(section, pool, 1, 0).values_n == pytest.approx([1.5, 0.5], rel=1e-5)
+    assert weigh(section, pool, 1, 0).weights.values_n == pytest.approx([1.5, 0.5], rel=1e-5)
 
 
 def test_weights_of_prompts_by_hand():
@@ -188,8 +229,18 @@ def test_answers_need_a_reward_that_reads_them():
         ("--selftrain.weights=shuffled", "there are no other weights to shuffle"),
         ("--selftrain.weights=[shuffled, entropy]", "selftrain.weights[0]: shuffled deals out the weights of the others"),
         ("--selftrain.weights={type: feasible, threshold: 1, rate: 2, leak: 1}", "rate=2.0 times leak=1.0 is not below 2"),
-        ("--selftrain.weights={type: importance, trusted: t, share: 0.05}", "needs weights of 20, above selftrain.cap=10"),
+        (
+            "--selftrain.weights={type: importance, trusted: t, share: 0.05}",
+            "kept needs weights of 20, above selftrain.cap=10",
+        ),
         ("--selftrain.weights={type: tilt, means: {short: 1}}", "selftrain.weights[0].means: unknown objective 'short'"),
+        (
+            "--selftrain={least_ess: 0.9, weights: {type: importance, trusted: t}}",
+            "share=0.8 that is kept is below selftrain",
+        ),
+        ("--selftrain.filter.at_least.accuracy=1.5", "selftrain.filter.at_least.accuracy: 1.5 is outside the bounds [0, 1]"),
+        ("--selftrain.filter={at_most: {brevity: -1}}", "selftrain.filter.at_most.brevity: -1 is outside the bounds [0, 1]"),
+        ("--selftrain.weights={type: tilt, means: {clarity: 2}}", "selftrain.weights[0].means.clarity: 2 is outside the"),
         ("--rounds=null", "selftrain: nothing here trains on the policy's samples"),
         ("--selftrain=null", "selftrain is missing"),
         ("--selftrain.term={samples: 8}", "selftrain.term: rounds have no updates by advantages that it could act on"),

@@ -111,7 +111,7 @@ def test_the_file_gives_the_pool_again_and_is_cut_back(tmp_path):
         cut_off.write('{"step": 3, "prom')
     lines.truncate(2)
     assert as_text(file.read()) == as_text(batches[0])
-    refuse_other_pool(tmp_path, config)
+    refuse_other_pool(tmp_path, config, 2, 2)
     lines.truncate(-1)
     assert list(file.read()) == []
     file.append(batches[0])
@@ -121,17 +121,36 @@ def test_the_file_gives_the_pool_again_and_is_cut_back(tmp_path):
 
 def test_a_pool_of_another_run_is_refused(tmp_path):
     config = load_config(QUICKSTART, [])
-    refuse_other_pool(tmp_path, config)
+    refuse_other_pool(tmp_path, config, 0, 0)
     path = tmp_path / "pool.jsonl"
     PoolFile(JsonLines(path), config).append([entry("a", 1)])
     with pytest.raises(ValueError, match=r"pool.jsonl: this pool was written by another configuration than that of"):
-        refuse_other_pool(tmp_path, load_config(QUICKSTART, ["--seed=9"]))
+        refuse_other_pool(tmp_path, load_config(QUICKSTART, ["--seed=9"]), 2, 1)
     one = ["--objectives={accuracy: {reward: arithmetic_accuracy}}", "--weighting={type: fixed, weights: {accuracy: 1}}"]
     with pytest.raises(ValueError, match="has values of accuracy, brevity, clarity, and the objectives are accuracy:"):
-        refuse_other_pool(tmp_path, load_config(QUICKSTART, one))
+        refuse_other_pool(tmp_path, load_config(QUICKSTART, one), 2, 1)
     path.write_text("something else\n")
     with pytest.raises(ValueError, match="the first line does not say what made this pool"):
-        refuse_other_pool(tmp_path, config)
+        refuse_other_pool(tmp_path, config, 0, 0)
+
+
+def test_a_pool_that_is_not_whole_is_refused(tmp_path):
+    config, path = load_config(QUICKSTART, []), tmp_path / "pool.jsonl"
+    PoolFile(JsonLines(path), config).append([entry("a", 1), entry("b", 2), entry("c", 3, step=3)])
+    refuse_other_pool(tmp_path, config, 2, 2)  # the third is of a later step
+    whole = path.read_text()
+    lost = r"pool.jsonl: of 2 samples that the pool had at step 2 it holds {}: restore the file, or begin a new run"
+    lines = whole.splitlines(keepends=True)
+    for text, held in (("".join(lines[:2]), 1), ("".join([*lines[:2], lines[2][:9]]), 1), (lines[0], 0), ("", 0)):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=lost.format(held)):
+            refuse_other_pool(tmp_path, config, 2, 2)
+    path.unlink()
+    with pytest.raises(ValueError, match=lost.format(0)):
+        refuse_other_pool(tmp_path, config, 2, 2)
+    path.write_text(whole.replace('"step": 1', '"stop": 1'))
+    with pytest.raises(ValueError, match="there is a line that is no sample"):
+        refuse_other_pool(tmp_path, config, 2, 2)
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------

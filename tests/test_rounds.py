@@ -4,17 +4,24 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from accelerate import DeepSpeedPlugin
 from safetensors.torch import load_file
 
 from align import cli
+from align.advice import advise
+from align.learner_args import check_sharding
 from align.load import ConfigError, load_config
 from align.plan import make_plan
 from align.rounds import rounds
+from align.sampling import round_seed
+from align.selftrain import round as round_module
 from align.train import train
 from tests.conftest import QUICKSTART, ROOT, environment, read_lines
 
@@ -79,6 +86,11 @@ def test_every_round_goes_on_with_the_weights_of_the_one_before(straight):
     assert 0 < steps[0] < steps[1]
 
 
+def test_a_round_draws_by_a_seed_for_each_use():
+    config = load_config(CONFIG, [])
+    assert len({round_seed(config, number, use) for number in (1, 2) for use in range(4)}) == 8
+
+
 def test_its_checkpoints_can_be_evaluated(straight, capsys, tmp_path):
     assert cli.main(["eval", str(straight), "--checkpoints=2", f"--json={tmp_path / 'figures.json'}"]) == 0
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -101,6 +113,15 @@ def test_a_resumed_run_ends_as_if_nothing_had_happened(straight, tmp_path, cut_o
         assert (folder / name).read_bytes() == (straight / name).read_bytes(), name
     mine, theirs = weights_of(folder, 2), weights_of(straight, 2)
     assert all((mine[key] == theirs[key]).all() for key in theirs)
+
+
+def test_choices_that_do_not_do_what_they_seem_to():
+    assert not advise(load_config(CONFIG, []))
+    section = "--selftrain={filter: {}, weights: [{type: loss, warm_up: 3}]}"
+    assert advise(load_config(CONFIG, [section])) == [
+        "selftrain.filter asks for nothing, so every sample passes, right or wrong",
+        "selftrain.weights[0].warm_up=3 leaves no round of 3 with weights",
+    ]
 
 
 def test_a_complete_run_says_so(straight, capsys):
@@ -179,6 +200,17 @@ def test_all_pass(tmp_path, capsys):
     assert run(tmp_path / "other", everything, UNSEEN, "--rounds.mixed_only=false", "--rounds.count=1") == 0
 
 
+def test_zero3_must_write_whole_weights():
+    pytest.importorskip("deepspeed")
+    config = load_config(CONFIG, [*TINY])
+    for stage, whole in ((3, True), (2, False)):
+        plugin = DeepSpeedPlugin(zero_stage=stage, zero3_save_16bit_model=whole)
+        check_sharding(config, SimpleNamespace(fsdp=None, deepspeed_plugin=plugin))
+    plugin = DeepSpeedPlugin(zero_stage=3, zero3_save_16bit_model=False)
+    with pytest.raises(ValueError, match="zero3_save_16bit_model: true in deepspeed_config of the accelerate file"):
+        check_sharding(config, SimpleNamespace(fsdp=None, deepspeed_plugin=plugin))
+
+
 def test_each_command_knows_its_configurations(tmp_path, capsys):
     assert train(CONFIG, "", [f"--output={tmp_path / 'run'}"]) == 2
     assert "start it by `paretune rounds`" in capsys.readouterr().err
@@ -191,6 +223,8 @@ def test_each_command_knows_its_configurations(tmp_path, capsys):
     [
         ("--rounds.method=ppo", "rounds.method: 'ppo' is not valid"),
         ("--rounds.lr=1", "unknown key 'lr'"),
+        ("--steps=100", "steps=100: rounds.count=3 says how long rounds go on: remove steps"),
+        ("--rollout.prompts_per_batch=8", "rollout.prompts_per_batch=8: rounds sample rounds.prompts=256: remove it"),
         ("--rounds={prompts: 4}", "rounds.count is missing"),
         ("--estimator=rloo", "estimator: rounds fine-tune without advantages: remove it"),
         ("--weighting={type: covariance}", "weighting: rounds weight samples and not objectives: remove it"),
@@ -225,3 +259,66 @@ def test_numbers_that_do_not_fit(overrides, processes, sentence):
     with pytest.raises(ValueError, match="rounds") as error:
         make_plan(load_config(CONFIG, overrides), processes)
     assert sentence in str(error.value)
+
+
+# --- values that are missing --------------------------------------------------------------------------------------------
+
+
+def fickle(text: str) -> float | None:
+    """A reward that judges texts of an even length alone."""
+    return None if len(text) % 2 else 1.0
+
+
+def judged(missing: str) -> tuple[str, ...]:
+    fickly = {"reward": "tests.test_rounds:fickle", "missing": missing}
+    return (f"--objectives={json.dumps({'accuracy': {'reward': 'arithmetic_accuracy'}, 'fickle': fickly})}", UNSEEN)
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list[tuple[list[str], int, int | None]]:
+    """Texts of the group, and the places of the right sample and the wrong one, of all that is trained on."""
+    seen: list = []
+    for name in ("sft_rows", "dpo_rows"):
+        monkeypatch.setattr(round_module, name, partial(_noted, getattr(round_module, name), seen))
+    return seen
+
+
+def _noted(make_rows, seen, groups, chosen, *rest):
+    texts = [[sample.text for sample in groups[p].samples] for p in chosen.prompts]
+    seen += zip(texts, chosen.right, chosen.wrong or [None] * len(chosen), strict=True)
+    return make_rows(groups, chosen, *rest)
+
+
+def test_a_sample_that_nobody_could_judge_is_neither_right_nor_wrong(tmp_path, taken):
+    asked = "--selftrain.filter={at_least: {accuracy: 1, fickle: 0}}"
+    more = ("--rounds.method=dpo", "--rounds.count=1", "--rounds.prompts=32", asked)
+    assert run(tmp_path / "run", *judged("drop_sample"), *more) == 0
+    assert len(taken) > 2
+    for texts, right, wrong in taken:
+        assert fickle(texts[right]) == fickle(texts[wrong]) == 1
+
+
+@pytest.mark.parametrize("missing", ["drop_sample", "drop_group"])
+def test_what_the_policies_leave_out_is_not_trained_on(tmp_path, taken, missing):
+    more = ("--selftrain.filter={}", "--selftrain.weights=[uniform]", "--rounds.mixed_only=false", "--rounds.count=1")
+    assert run(tmp_path / "run", *judged(missing), *more, "--rounds.prompts=64") == 0
+    assert taken
+    for texts, right, _ in taken:
+        assert all(fickle(text) for text in (texts if missing == "drop_group" else [texts[right]]))
+
+
+def test_a_missing_value_stops_the_rounds_and_loses_nothing(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert run(folder, *judged("fail"), "--rounds.count=1") == 2
+    said = capsys.readouterr().err
+    assert "objective 'fickle' has no value for " in said
+    assert "Whole rounds are kept: mend it, then " in said
+    assert not (folder / "metrics.jsonl").exists()
+    assert not list((folder / "checkpoints").glob("*"))
+    assert rounds("", str(folder), ["--objectives.fickle.missing=drop_sample"]) == 0
+    assert [row["step"] for row in read_lines(folder / "metrics.jsonl")] == [1]
+
+
+def test_values_are_not_filled_in(tmp_path):
+    with pytest.raises(ConfigError, match=r"objectives\.fickle\.missing=neutral: a filter cannot judge a value"):
+        load_config(CONFIG, [*TINY, *judged("neutral")])

@@ -87,7 +87,9 @@ def test_the_weights_of_an_update_by_hand(alone):
         assert weights.std() > 0.1
         np.testing.assert_allclose(draw.factors_n, weights / sum(len(pair[1]) for pair in draw.pairs), rtol=1e-4)
         descend(model, draw, selftrain_run.SELFTRAIN["term"]["coefficient"])
-    kept = json.loads((folder / LAST).with_name("paretune.json").read_text())["duals"]
+    state = json.loads((folder / LAST).with_name("paretune.json").read_text())
+    assert state["pooled"] == len(rows)
+    kept = state["duals"]
     entries = [(entry.prompt_ids, entry.completion_ids) for entry in learner._pool.entries]
     np.testing.assert_allclose(kept, [duals.get(key, 1.0) for key in entries], rtol=1e-4)
     assert min(kept) < 1 < max(kept)
@@ -207,11 +209,14 @@ def test_weights_that_collapse_or_cannot_be_had_are_equal(make_learner, capsys, 
     make_learner(f"--selftrain={json.dumps(section)}", "--steps=2", "--evaluation.every=0", name="collapsed").train()
     (line,) = told(capsys)
     assert line.startswith("selftrain.weights collapsed (effective share 0.")
-    section["weights"] = [{"type": "tilt", "means": {"accuracy": 0.5}}]
-    make_learner(f"--selftrain={json.dumps(section)}", "--steps=2", "--evaluation.every=0", name="tilt").train()
+    section["weights"] = [{"type": "tilt", "means": {"accuracy": 0.5}}, {"type": "feasible", "threshold": 0.1}]
+    learner = make_learner(f"--selftrain={json.dumps(section)}", "--steps=2", "--evaluation.every=0", name="tilt")
+    learner.train()
+    assert learner.selftraining_duals() == []  # no multiplier has moved
     (line,) = told(capsys)
     assert line.endswith(": weights are equal until they can be had")
     for name in ("collapsed", "tilt"):
         rows = read_lines(tmp_path / name / "metrics.jsonl")
         assert [row["selftrain/collapsed"] for row in rows] == [1, 1]
+        assert all((row["selftrain/ess"] is None) == (name == "tilt") for row in rows)
         assert all(row["selftrain/term"] == pytest.approx(row["selftrain/nll"]) for row in rows)

@@ -35,6 +35,12 @@ def _target(config: Keys) -> list[str]:
         for name in estimator.moments
         if name in estimator.always
     ]
+    problems += [
+        f"objectives.{name}.missing=neutral: estimator.type=dpg would count the mean of a group as a value of the sample; "
+        "take fail, drop_sample or drop_group"
+        for name in [*estimator.moments, *estimator.always]
+        if name in config.objectives and config.objectives[name].missing == "neutral"
+    ]
     for name, moment in estimator.moments.items():
         low, high = config.objectives[name].bounds if name in config.objectives else (-float("inf"), float("inf"))
         if not low <= moment <= high:

@@ -43,7 +43,7 @@ def rounds_defaults(data: dict[str, Any]) -> dict[str, Any]:
         return data
     objectives = data.get("objectives")
     weights = dict.fromkeys(objectives, 1.0) if isinstance(objectives, dict) else {}
-    filled = {"weighting": {"type": "fixed", "weights": weights}} | data | {"steps": count}
+    filled = {"weighting": {"type": "fixed", "weights": weights}, "steps": count} | data
     for section in ("evaluation", "checkpoint"):
         if isinstance(given := filled.get(section, {}), dict):
             filled[section] = {"every": 1} | given

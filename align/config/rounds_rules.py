@@ -18,6 +18,11 @@ def rounds_problems(config: Keys) -> list[str]:
         return problems
     if config.selftrain is None:
         problems.append("selftrain is missing: say by selftrain.filter which samples are right ({at_least: ...})")
+    if config.steps != rounds.count:
+        problems.append(f"steps={config.steps}: rounds.count={rounds.count} says how long rounds go on: remove steps")
+    batch = config.rollout.prompts_per_batch
+    if batch != type(config.rollout).model_fields["prompts_per_batch"].default:
+        problems.append(f"rollout.prompts_per_batch={batch}: rounds sample rounds.prompts={rounds.prompts}: remove it")
     default = {name: field.default for name, field in type(config).model_fields.items()}
     if config.weighting.type != "fixed" or len(set(config.weighting.weights.values())) > 1:
         problems.append("weighting: rounds weight samples and not objectives: remove it, and say by selftrain what passes")
@@ -34,6 +39,12 @@ def rounds_problems(config: Keys) -> list[str]:
         problems.append("rollout.lookahead: a round is sampled before it is trained on: set it to 0")
     if config.evaluation.every > 1 or config.checkpoint.every > 1:
         problems.append("evaluation.every and checkpoint.every: every round is evaluated and saved: remove them")
+    problems += [
+        f"objectives.{name}.missing=neutral: a filter cannot judge a value that is filled in: take fail, drop_sample or "
+        "drop_group"
+        for name, objective in config.objectives.items()
+        if objective.missing == "neutral"
+    ]
     for name in config.trl:
         if name in DECIDED:
             problems.append(f"trl.{name} is decided by `{DECIDED[name]}`: set that instead")

@@ -21,6 +21,7 @@ def selftrain_problems(config: Keys) -> list[str]:
         for name in names
         if name not in config.objectives
     ]
+    problems += _out_of_bounds(config, section)
     problems += _place(config, section)
     problems += _entries("selftrain.weights", section.weights) + _entries("selftrain.prompts", section.prompts)
     for i, weights in enumerate(section.weights):
@@ -29,8 +30,13 @@ def selftrain_problems(config: Keys) -> list[str]:
             problems.append(f"{key}: rate={weights.rate} times leak={weights.leak} is not below 2: lower one of them")
         if weights.type == "importance" and weights.form == "rank" and weights.share * section.cap < 1:
             problems.append(
-                f"{key}: for a mean of one share={weights.share:g} that is kept needs weights of {1 / weights.share:.3g}, "
-                f"above selftrain.cap={section.cap:g}: raise one of them"
+                f"{key}: to have mean one, the share={weights.share:g} that is kept needs weights of "
+                f"{1 / weights.share:.3g}, above selftrain.cap={section.cap:g}: raise one of them"
+            )
+        if weights.type == "importance" and weights.form == "rank" and weights.share < section.least_ess:
+            problems.append(
+                f"{key}: the share={weights.share:g} that is kept is below selftrain.least_ess={section.least_ess:g}, so "
+                "the weights would always be given up: raise share, or lower least_ess"
             )
         if weights.type in OF_VALUES and section.pool.seeds:
             problems.append(
@@ -40,6 +46,21 @@ def selftrain_problems(config: Keys) -> list[str]:
         problems += _missing(config, section, key, weights)
     if sum(weights.type == "feasible" for weights in section.weights) > 1:
         problems.append("selftrain.weights: a sample has one multiplier, and feasible is here twice: remove one")
+    return problems
+
+
+def _out_of_bounds(config: Keys, section: SelftrainConfig) -> list[str]:
+    """Thresholds and means that no value of their objective can have."""
+    tables = {"selftrain.filter.at_least": section.filter.at_least, "selftrain.filter.at_most": section.filter.at_most}
+    for i, weights in enumerate(section.weights):
+        if weights.type == "tilt":
+            tables[f"selftrain.weights[{i}].means"] = weights.means
+    problems = []
+    for key, table in tables.items():
+        for name, value in table.items():
+            low, high = config.objectives[name].bounds if name in config.objectives else (value, value)
+            if not low <= value <= high:
+                problems.append(f"{key}.{name}: {value:g} is outside the bounds [{low:g}, {high:g}] of the objective")
     return problems
 
 
@@ -77,7 +98,7 @@ def _entries(key: str, entries: Sequence[AnyWeights | AnyPromptWeights]) -> list
 
 def _missing(config: Keys, section: SelftrainConfig, key: str, weights: AnyWeights) -> list[str]:
     """Values that weights need, that may be missing, and that no threshold asks for."""
-    if weights.type not in ("trajectory", "tilt"):
+    if weights.type not in ("trajectory", "tilt") or config.rounds is not None:  # rounds leave such samples out
         return []
     needed = weights.means if weights.type == "tilt" else weights.returns or config.objectives
     asked = section.filter.at_least.keys() | section.filter.at_most.keys()

@@ -27,14 +27,17 @@ class Passed:
     failed: dict[str, int]
 
 
-def passing(rules: FilterConfig, objectives: Sequence[Objective], raw_PGK: np.ndarray, answers_PG: Answers) -> Passed:
-    """Samples that meet every condition.
+def passing(
+    rules: FilterConfig, objectives: Sequence[Objective], raw_PGK: np.ndarray, answers_PG: Answers, tokens_PG: np.ndarray
+) -> Passed:
+    """Samples that meet every condition, and have tokens to learn from.
 
     Args:
         rules: The conditions.
         objectives: K of them.
         raw_PGK: Values in raw units; NaN where missing, which meets no condition on it.
         answers_PG: For the majority.
+        tokens_PG: Length of each sample.
     """
     column = {objective.name: k for k, objective in enumerate(objectives)}
     met = {f"{name} at_least {least:g}": raw_PGK[:, :, column[name]] >= least for name, least in rules.at_least.items()}
@@ -44,7 +47,8 @@ def passing(rules: FilterConfig, objectives: Sequence[Objective], raw_PGK: np.nd
     if rules.nondominated:
         values_PGK = np.stack([o.scale(raw_PGK[:, :, k]) for k, o in enumerate(objectives)], axis=2)
         met["nondominated"] = np.array([best_of_group(values_GK) for values_GK in values_PGK])
-    right_PG = np.logical_and.reduce([np.ones(raw_PGK.shape[:2], bool), *met.values()])
+    met["has tokens"] = np.asarray(tokens_PG) > 0
+    right_PG = np.logical_and.reduce(list(met.values()))
     return Passed(right_PG, {name: int((~mask_PG).sum()) for name, mask_PG in met.items()})
 
 

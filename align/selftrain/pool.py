@@ -162,17 +162,30 @@ class PoolFile:
                 yield _entry(row, self._names)
 
 
-def refuse_other_pool(folder: Path, config: Config) -> None:
-    """Raise ValueError when a run folder has a pool that is not this run's, or not readable."""
+def refuse_other_pool(folder: Path, config: Config, step: int, pooled: int) -> None:
+    """Raise ValueError when a run folder has a pool that is not this run's, not readable, or not whole.
+
+    Args:
+        folder: Of the run.
+        config: Of the run.
+        step: That it goes on from.
+        pooled: Samples that the pool had then.
+    """
     path = folder / POOL_FILE
+    way_out = "restore the file, or begin a new run"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    if lines and lines[0].endswith("\n"):  # else it was cut off while it was begun
+        _refuse_other_head(path, lines[0], config, way_out)
     try:
-        with path.open(encoding="utf-8") as file:
-            line = file.readline()
-    except FileNotFoundError:
-        return
-    if not line.endswith("\n"):
-        return  # cut off while it was begun
-    way_out = "restore the file, or delete it to begin with an empty pool in a new run"
+        steps = [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: there is a line that is no sample: {way_out}") from error
+    found = sum(_HEAD < at <= step for at in steps)
+    if found < pooled:
+        raise ValueError(f"{path}: of {pooled} samples that the pool had at step {step} it holds {found}: {way_out}")
+
+
+def _refuse_other_head(path: Path, line: str, config: Config, way_out: str) -> None:
     try:
         head = json.loads(line)
         objectives, fingerprint = head["objectives"], head["config"]
@@ -184,7 +197,7 @@ def refuse_other_pool(folder: Path, config: Config) -> None:
             f"{', '.join(config.objectives)}: {way_out}"
         )
     if fingerprint != config.fingerprint():
-        raise ValueError(f"{path}: this pool was written by another configuration than that of {folder}: {way_out}")
+        raise ValueError(f"{path}: this pool was written by another configuration than that of {path.parent}: {way_out}")
 
 
 def _head(config: Config) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from align.checkpoint import RunState, checkpoint_name, prune, write_state
 from align.config import Config
 from align.evaluate import evaluate
 from align.learner_args import peft_config
+from align.missing import apply_missing, refuse_missing
 from align.plan import Plan
 from align.rollouts import Rollouts
 from align.runlog import RunFiles
@@ -40,6 +41,8 @@ from align.together import together
 from rewards.answers import Reader
 from rewards.bus import RewardBus
 from rollout.types import SampleGroup
+
+_CHOICE, _WEIGHTS, _ORDER, _TUNING = range(4)  # what is drawn at random; the last is for new adapters and dropout
 
 
 class RoundError(RuntimeError):
@@ -85,14 +88,23 @@ class Batch:
 
     Args:
         groups: P of them.
-        raw_PGK: Values in raw units; NaN where missing.
-        answers_PG: What each sample answers, None where it states nothing; with rewards that read no answers, each sample
-            is an answer of its own.
+        raw_PGK: Values in raw units; NaN, all of them, for a sample that is left out.
+        answers_PG: What each sample answers, None where it states nothing or is left out; with rewards that read no
+            answers, each sample is an answer of its own.
     """
 
     groups: Sequence[SampleGroup]
     raw_PGK: np.ndarray
     answers_PG: Answers
+
+    @property
+    def left_out_PG(self) -> np.ndarray:
+        """Mask of the samples that the missing-value policies leave out."""
+        return np.isnan(self.raw_PGK).any(axis=2)
+
+    def kept_answers(self, p: int) -> list[str | None]:
+        """Of the samples of a prompt that are not left out."""
+        return [answer for answer, out in zip(self.answers_PG[p], self.left_out_PG[p], strict=True) if not out]
 
 
 class Rounds:
@@ -111,6 +123,7 @@ class Rounds:
         self._place = Place(PartialState().process_index, parts.plan.processes)
         self._score = partial(score_together, parts.bus, config=parts.config.scoring, pause=lambda: None, stop=lambda: False)
         self._timings: dict[str, float] = {}
+        self._said: set[str] = set()
 
     def run(self, number: int) -> None:
         """One round, from the weights of the one before to evaluated ones of its own.
@@ -150,12 +163,15 @@ class Rounds:
         self._timings["time/sampling"] = time.perf_counter() - start
         local, gathered = self._score(groups)
         self._timings["time/scoring"] = time.perf_counter() - start - self._timings["time/sampling"]
+        refuse_missing(gathered, config.scoring.max_failed)
         self.parts.files.samples.write(number, groups, local, (), ())
         places = np.argsort(np.concatenate([np.arange(p, size, processes) for p in range(processes)]))
         everywhere = gather_object(groups)
         raw_PGK = gathered.raw_NK.reshape(size, params.samples_per_prompt, len(objectives))[places]
+        raw_PGK = apply_missing(raw_PGK, objectives)
         answers = gather_object([_answers(self.parts.reader, group) for group in groups])
-        batch = Batch([everywhere[i] for i in places], raw_PGK, [answers[i] for i in places])
+        answers_PG = [_of_kept(answers[i], raw_GK) for i, raw_GK in zip(places, raw_PGK, strict=True)]
+        batch = Batch([everywhere[i] for i in places], raw_PGK, answers_PG)
         return batch, objective_metrics(gathered) | self._take_rollout_metrics()
 
     def _take_rollout_metrics(self) -> dict[str, float]:
@@ -169,8 +185,8 @@ class Rounds:
     def _choose(self, number: int, batch: Batch) -> tuple[Chosen, dict[str, float]]:
         """What this round trains on. Raises RoundError when that is nothing."""
         config, rounds = self.parts.config, self.parts.config.rounds
-        passed = passing(config.selftrain.filter, objectives_of(config), batch.raw_PGK, batch.answers_PG)
-        rng = np.random.default_rng(round_seed(config, number))
+        passed = _passed(config, batch)
+        rng = np.random.default_rng(round_seed(config, number, _CHOICE))
         if rounds.method == "sft":
             chosen = choose_samples(passed.right_PG, rounds.mixed_only, rounds.per_prompt, rng)
         else:
@@ -180,13 +196,13 @@ class Rounds:
         share = len(set(chosen.prompts)) / len(batch.groups)
         figures = {"kept": passed.right_PG.mean(), "prompts": share, "chosen": len(chosen)}
         if self.parts.reader is not None:
-            figures["clusters"] = np.mean([len(set(answers)) for answers in batch.answers_PG])
+            figures["clusters"] = np.mean([len(set(batch.kept_answers(p))) for p in range(len(batch.groups))])
         return chosen, {f"rounds/{name}": float(value) for name, value in figures.items()}
 
     def _weigh(self, number: int, batch: Batch, chosen: Chosen) -> tuple[Weights, dict[str, float]]:
         """How much each of them counts: by its right sample and its prompt. Raises RoundError when that cannot be said."""
         config, where = self.parts.config, (list(chosen.prompts), list(chosen.right))
-        entropies_n = np.array([answer_entropy(batch.answers_PG[p]) for p in chosen.prompts])
+        entropies_n = np.array([answer_entropy(batch.kept_answers(p)) for p in chosen.prompts])
         pairs = pairs_of(batch.groups, chosen.prompts, chosen.right)
         everything, ones_n = np.arange(len(chosen)), np.ones(len(chosen))
         material = Material(
@@ -200,12 +216,18 @@ class Rounds:
             self.parts.trusted,
         )
         try:
-            weights = weigh(config.selftrain, material, number, round_seed(config, number))
+            weighed = weigh(config.selftrain, material, number, round_seed(config, number, _WEIGHTS))
         except ValueError as error:
             raise RoundError(f"round {number}: {error}") from error
+        weights = weighed.weights
         if weights.collapsed:
             _say(f"round {number:>4}  weights collapsed (effective share {weights.ess:.3f}): they are equal in this round")
+        for name, line in weighed.missed.items():
+            if name not in self._said:
+                _say(f"round {number:>4}  {line}")
+        self._said |= weighed.missed.keys()
         figures = {"ess": weights.ess, "collapsed": float(weights.collapsed)}
+        figures |= {f"tilt/{name}": reached for name, reached in weighed.reached.items()}
         figures |= {"weight_mean": weights.values_n.mean(), "weight_max": weights.values_n.max()}
         if self.parts.reader is not None:
             figures["entropy"] = entropies_n.mean()
@@ -226,7 +248,7 @@ class Rounds:
 
     def _rows(self, number: int, batch: Batch, chosen: Chosen, weights: Weights) -> tuple[list[Row], Batches]:
         """What the trainer gets."""
-        rounds, seed = self.parts.config.rounds, round_seed(self.parts.config, number)
+        rounds, seed = self.parts.config.rounds, round_seed(self.parts.config, number, _ORDER)
         batches = Batches(rounds.batch_size, self.parts.plan.micro_batch_size, rounds.epochs, seed)
         given = (batch.groups, chosen, weights.values_n, batches)
         if rounds.method == "sft":
@@ -243,7 +265,7 @@ class Rounds:
         if PartialState().is_main_process and folder.exists():  # of a round that was cut off
             shutil.rmtree(folder)
         PartialState().wait_for_everyone()
-        own = {"max_steps": len(rows) // batches.batch_size, "seed": round_seed(config, number)}
+        own = {"max_steps": len(rows) // batches.batch_size, "seed": round_seed(config, number, _TUNING)}
         arguments = tuner_config(config.rounds.method, {**self.parts.options, **own})
         before = self._path(number - 1)
         adapts = config.policy.lora is not None
@@ -269,8 +291,9 @@ class Rounds:
             parts.files.timings.append({"step": number, "step_time": seconds, **self._timings})
         PartialState().wait_for_everyone()
         if main:
-            state = RunState(number, 0, parts.plan.processes, parts.config.fingerprint(), {})
-            write_state(self._checkpoint(number), state)
+            checkpoint = self._checkpoint(number)
+            assert any(checkpoint.glob("*.safetensors")), f"{checkpoint} has no weights to go on from"
+            write_state(checkpoint, RunState(number, 0, parts.plan.processes, parts.config.fingerprint(), {}))
         PartialState().wait_for_everyone()
 
     def take(self, number: int) -> None:
@@ -314,11 +337,24 @@ def _answers(reader: Reader | None, group: SampleGroup) -> list[str | None]:
     return [reader(text) for text in texts] if reader else [str(g) for g in range(len(texts))]
 
 
+def _of_kept(answers: Sequence[str | None], raw_GK: np.ndarray) -> list[str | None]:
+    """Answers of a group, None of samples that are left out: they have no vote, and are in no pair."""
+    return [None if out else answer for answer, out in zip(answers, np.isnan(raw_GK).any(axis=1), strict=True)]
+
+
+def _passed(config: Config, batch: Batch) -> Passed:
+    """What passes the filter; no sample that is left out does, whatever the filter asks."""
+    tokens_PG = np.array([[len(sample.token_ids) for sample in group.samples] for group in batch.groups])
+    passed = passing(config.selftrain.filter, objectives_of(config), batch.raw_PGK, batch.answers_PG, tokens_PG)
+    failed = passed.failed | {"has all values": int(batch.left_out_PG.sum())}
+    return Passed(passed.right_PG & ~batch.left_out_PG, failed)
+
+
 def _why_nothing(method: str, passed: Passed) -> str:
     """Why there is nothing to train on, and what helps."""
     right_PG, samples = passed.right_PG, passed.right_PG.size
     if not right_PG.any():
-        reasons = ", ".join(f"{count} fail {name}" for name, count in passed.failed.items())
+        reasons = ", ".join(f"{count} fail {name}" for name, count in passed.failed.items() if count)
         return (
             f"none of {samples} samples passes the filter ({reasons}): ease selftrain.filter, sample more (rounds.prompts, "
             "rollout.samples_per_prompt), or begin with a policy that gets some right"

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import linprog
 
+from align.selftrain.weights import WeightsError
+
 _STEPS = 200  # of Newton's method; a few tens where a moment is at the end of its range, else about five
 _LAST_STEPS = 2  # after the tolerance is met: the gap is squared by each, or divided by e at the end of a range
 _FURTHEST = 4.0  # that a step may move a coefficient, in units of 1 / range of its feature
 _SLACK = 1e-7  # of a range: what the linear programs that look for ranges are accurate to
 
 
-class TiltError(ValueError):
+class TiltError(WeightsError):
     """No weights give the moments that were asked for."""
 
 

@@ -21,7 +21,7 @@ from align.selftrain.filters import passing
 from align.selftrain.pool import Entry, Pool, PoolFile, seed_entry
 from align.selftrain.rows import Pair
 from align.selftrain.weigh import Material, next_duals, weigh, weigh_prompts
-from align.selftrain.weights import Weights, answer_entropy
+from align.selftrain.weights import Weights, WeightsError, answer_entropy
 from align.together import from_main
 from rollout.types import SampleGroup
 
@@ -54,6 +54,7 @@ class SelfTraining:
         parts = self.parts
         self._selftrain: SelftrainConfig | None = parts.config.selftrain
         self._said: set[str] = set()
+        self.pooled = 0  # samples in the file of the pool
         self._drawn = Draw()
         self._term_sums = torch.zeros(2)
         if self._learns_from_pool:
@@ -64,7 +65,9 @@ class SelfTraining:
     def resume_selftraining(self, duals: Sequence[float]) -> None:
         """From the file of the pool, cut back already, and the multipliers of a checkpoint."""
         if self._learns_from_pool:
-            self._pool.add(from_main(lambda: list(self._pool_file.read())))
+            entries = from_main(lambda: list(self._pool_file.read()))
+            self._pool.add(entries)
+            self.pooled = len(entries)
             if duals:
                 self._pool.set_duals(self._pool.entries, duals)
 
@@ -100,24 +103,25 @@ class SelfTraining:
     def _fill_pool(self, answers_PG: Sequence[Sequence[str | None]], entropies_P: Sequence[float]) -> None:
         rules = self.parts.rules
         raw_PGK = self._scored.raw_NK.reshape(len(self._groups), rules.group_size, len(rules.objectives))
-        passed = passing(self._selftrain.filter, rules.objectives, raw_PGK, answers_PG)
+        tokens_PG = np.array([[len(sample.token_ids) for sample in group.samples] for group in self._groups])
+        passed = passing(self._selftrain.filter, rules.objectives, raw_PGK, answers_PG, tokens_PG)
         step = self.state.global_step + 1
         entries = [
             _entry(group, g, step, raw_PGK[p], answers_PG[p], entropies_P[p])
             for p, group in enumerate(self._groups)
             for g in np.flatnonzero(passed.right_PG[p])
-            if group.samples[g].token_ids
         ]
         everywhere = gather_object([(entries, passed.failed)])
         entries = [entry for part, _ in everywhere for entry in part]
         self._pool.add(entries)
+        self.pooled += len(entries)
         if self.accelerator.is_main_process:
             self._pool_file.append(entries)
         kept = len(entries) / self.parts.plan.samples_per_batch
         self._add_metrics({"selftrain/pool": float(len(self._pool)), "selftrain/kept": kept})
         if not entries:
             failed = {name: sum(counts[name] for _, counts in everywhere) for name in passed.failed}
-            why = ", ".join(f"{name} by {count}" for name, count in failed.items())
+            why = ", ".join(f"{name} by {count}" for name, count in failed.items() if count)
             self._say_once(f"no sample of {self.parts.plan.samples_per_batch} passes selftrain.filter; not met: {why}")
         elif kept == 1 and self._selftrain.filter.asks:
             self._say_once("all samples pass selftrain.filter: it chooses nothing here")
@@ -154,22 +158,26 @@ class SelfTraining:
             [entry.pair for entry in drawn],
             self.parts.sources.trusted,
         )
-        weights = self._weigh(material, step)
-        for entry in self._selftrain.weights:
-            if entry.type == "feasible":
-                self._pool.set_duals(drawn, next_duals(entry, material))
+        weights = self._weigh(material, step, drawn)
         self._log_weights("", weights, material.entropies_n, "selftrain.weights")
         lengths_n = np.array([len(entry.completion_ids) for entry in drawn], float)
         plain_n = np.ones_like(lengths_n) / lengths_n.sum() if term.normaliser == "tokens" else 1 / lengths_n / len(drawn)
         return Draw(material.pairs, weights.values_n * plain_n, plain_n)
 
-    def _weigh(self, material: Material, step: int) -> Weights:
-        """Equal weights where those that are wanted cannot be had from what the pool holds by now."""
+    def _weigh(self, material: Material, step: int, drawn: Sequence[Entry]) -> Weights:
+        """Equal weights where those that are wanted cannot be had from the pool by now; no multiplier moves then."""
         try:
-            return weigh(self._selftrain, material, step + 1, pool_seed(self.parts.config, step, _WEIGHTS))
-        except ValueError as error:
-            self._say_once(f"{error}: weights are equal until they can be had", key="selftrain.weights")
-            return Weights(np.ones(len(material.places_n)), 0.0, collapsed=True)
+            weighed = weigh(self._selftrain, material, step + 1, pool_seed(self.parts.config, step, _WEIGHTS))
+        except WeightsError as error:
+            self._say_once(f"{error}: weights are equal until they can be had", key="no weights")
+            return Weights(np.ones(len(material.places_n)), np.nan, collapsed=True)
+        for entry in self._selftrain.weights:
+            if entry.type == "feasible":
+                self._pool.set_duals(drawn, next_duals(entry, material))
+        self._add_metrics({f"selftrain/tilt/{name}": mean for name, mean in weighed.reached.items()})
+        for name, line in weighed.missed.items():
+            self._say_once(line, key=f"tilt {name}")
+        return weighed.weights
 
     def _losses(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Mean nats per completion token (S,) under the policy as it is; every process scores its share."""
@@ -241,11 +249,11 @@ class SelfTraining:
         if not np.isnan(entropies_n).all():
             figures["entropy"] = np.nanmean(entropies_n)
         self._add_metrics({f"selftrain/{prefix}{name}": float(value) for name, value in figures.items()})
-        if weights.collapsed:
+        if weights.collapsed and not np.isnan(weights.ess):  # else something else was said
             self._say_once(
                 f"{key} collapsed (effective share {weights.ess:.3f}, selftrain.least_ess={self._selftrain.least_ess:g}): "
                 "they are equal wherever that happens; selftrain/collapsed tells how often",
-                key=key,
+                key=f"{key} collapsed",
             )
 
     def _say_once(self, line: str, key: str = "") -> None:

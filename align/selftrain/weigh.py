@@ -6,11 +6,12 @@ from functools import cached_property
 
 import numpy as np
 
-from align.config.selftrain import AnyPromptWeights, AnyWeights, FeasibleWeights, SelftrainConfig
+from align.config.selftrain import AnyPromptWeights, AnyWeights, FeasibleWeights, SelftrainConfig, TiltWeights
 from align.selftrain.rows import Pair
 from align.selftrain.tilt import fit_tilt
 from align.selftrain.weights import (
     Weights,
+    WeightsError,
     compose,
     distribution_shift,
     dual_step,
@@ -22,6 +23,8 @@ from align.selftrain.weights import (
     trajectory_weights,
 )
 from rewards.types import Objective
+
+FURTHEST = 0.05  # share of an objective's range by which a tilt may miss without a word
 
 
 @dataclass(frozen=True)
@@ -58,16 +61,57 @@ class Material:
         """Raw values of an objective."""
         return self.raw_MK[:, [objective.name for objective in self.objectives].index(name)]
 
+    def mean(self, name: str, weights_n: np.ndarray) -> float:
+        """Weighted mean of an objective over the samples, in raw units; of plain ones where all weights are 0."""
+        values_n = self.column_M(name)[self.places_n]
+        return float(np.average(values_n, weights=weights_n if weights_n.any() else None))
 
-def weigh(section: SelftrainConfig, material: Material, number: int, seed: int) -> Weights:
+
+@dataclass(frozen=True)
+class Weighed:
+    """Weights of n samples, and what they make of the means that a tilt wants.
+
+    Args:
+        weights: Of the samples.
+        reached: Mean of each objective that a tilt names over the samples, with the weights as they are.
+        missed: What is to be said, by objective, where other entries, the cap or a collapse take the tilt's effect.
+    """
+
+    weights: Weights
+    reached: dict[str, float]
+    missed: dict[str, str]
+
+
+def weigh(section: SelftrainConfig, material: Material, number: int, seed: int) -> Weighed:
     """Weights of what round or step `number` trains on: all entries multiplied, with mean one and a cap.
 
     Raises:
-        ValueError: Of a tilt that cannot be had (TiltError), or of a missing value that an entry needs.
+        WeightsError: A tilt cannot be had (TiltError), a value is missing that an entry needs, or an entropy weight
+            leaves double precision.
     """
-    raws = [np.ones(len(material.places_n))]
-    raws += [_raw(weights, material, number) for weights in section.weights if weights.type not in ("uniform", "shuffled")]
-    return _composed(section, section.weights, raws, seed)
+    entries = [weights for weights in section.weights if weights.type not in ("uniform", "shuffled")]
+    raws = [_raw(weights, material, number) for weights in entries]
+    weights = _composed(section, section.weights, [np.ones(len(material.places_n)), *raws], seed)
+    reached: dict[str, float] = {}
+    missed: dict[str, str] = {}
+    for entry, raw_n in zip(entries, raws, strict=True):
+        if entry.type == "tilt":
+            reached |= {name: material.mean(name, weights.values_n) for name in entry.means}
+            if section.weights[-1].type != "shuffled":  # which is there to take the effect of all others
+                missed |= _missed(entry, material, raw_n, reached)
+    return Weighed(weights, reached, missed)
+
+
+def _missed(entry: TiltWeights, material: Material, raw_n: np.ndarray, reached: dict[str, float]) -> dict[str, str]:
+    """Objectives whose mean is further from that under the tilt alone than a share of their range: a draw from a larger
+    pool misses by chance, which is not counted."""
+    ranges = {objective.name: objective.bounds[1] - objective.bounds[0] for objective in material.objectives}
+    return {
+        name: f"tilt: the mean of {name!r} is {reached[name]:.3g}, where {wanted:g} is wanted: other weights, "
+        "selftrain.cap or a collapse take its effect"
+        for name, wanted in entry.means.items()
+        if abs(reached[name] - material.mean(name, raw_n)) > FURTHEST * ranges[name]
+    }
 
 
 def weigh_prompts(section: SelftrainConfig, entropies_P: np.ndarray, seed: int) -> Weights:
@@ -118,7 +162,7 @@ def _raw(weights: AnyWeights, material: Material, number: int) -> np.ndarray:
 
 def _whole(values_n: np.ndarray, name: str, kind: str) -> np.ndarray:
     if np.isnan(values_n).any():
-        raise ValueError(
+        raise WeightsError(
             f"selftrain.weights: {kind} needs every value of {name!r}, and {int(np.isnan(values_n).sum())} of "
             f"{len(values_n)} are missing: let selftrain.filter ask for one (at_least the worst will do)"
         )

@@ -8,10 +8,15 @@ out before. All are pure: processes that are given the same numbers reach the sa
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import log, log2
+from math import log2
 from typing import Literal
 
 import numpy as np
+
+
+class WeightsError(ValueError):
+    """The weights that were asked for cannot be had from these samples."""
+
 
 LossShape = Literal["lin_upper", "quadratic", "extremes"]
 _SHAPES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -25,27 +30,24 @@ _ROUNDING = 1e-3  # nats below 0 that a mean of log-probabilities may have come 
 # --- what the answers of a prompt say ---------------------------------------------------------------------------------
 
 
-def answer_entropy(answers: Sequence[str | None], correct_bias: bool = False) -> float:
+def answer_entropy(answers: Sequence[str | None]) -> float:
     """Entropy of the answers to one prompt, over clusters of equal ones (EAST, 2503.23913).
 
     h = -sum_j p_j log2 p_j in bits, with p_j the share of cluster j among n answers; in [0, log2 n]. Samples that state
     no answer (None) are one cluster more, as in the paper's own code.
 
-    With few samples h is too low, by about (m - 1) / (2 n ln 2) bits for m possible answers: 0.09 for 2 of them and n = 8.
-    `correct_bias` adds that, with m the number of clusters seen (Miller and Madow 1955): most of the bias, not all, since an
-    answer nobody drew is not counted. The paper does not correct; its groups all have one size, and so have ours.
+    With few samples h is too low, by about (m - 1) / (2 n ln 2) bits for m possible answers (Miller and Madow 1955): 0.09
+    for 2 of them and n = 8. As in the paper nothing is corrected: its groups all have one size, and so have ours.
 
     Args:
         answers: Canonical ones, as `rewards.answers` reads them; text that differs is another answer.
-        correct_bias: As above.
     """
     if not answers:
         raise ValueError("there are no answers to take the entropy of")
     n, counts = len(answers), sorted(Counter(answers).values())
     if len(counts) == 1:
         return 0.0  # the sum below may miss it by a rounding, and powers below 0 would make much of that
-    entropy = log2(n) - sum(count * log2(count) for count in counts) / n
-    return entropy + ((len(counts) - 1) / (2 * n * log(2)) if correct_bias else 0.0)
+    return log2(n) - sum(count * log2(count) for count in counts) / n
 
 
 def entropy_weights(entropies_n: np.ndarray, power: float) -> np.ndarray:
@@ -67,7 +69,7 @@ def entropy_weights(entropies_n: np.ndarray, power: float) -> np.ndarray:
     with np.errstate(over="ignore", under="ignore"):
         raw_n = np.where(entropies_n > 0, np.where(entropies_n > 0, entropies_n, 1.0) ** power, 0.0)
     if not np.isfinite(raw_n).all() or not raw_n.any():
-        raise ValueError(f"entropies to the power of {power} leave double precision: take one nearer to 0")
+        raise WeightsError(f"entropies to the power of {power} leave double precision: take one nearer to 0")
     return raw_n
 
 
@@ -222,7 +224,7 @@ class Weights:
     Args:
         values_n: With mean one, none above the cap; all 1 when collapsed.
         ess: Effective sample size (sum w)^2 / (n sum w^2) as a share of n, in (0, 1]: of the capped weights, also when
-            they collapsed; 0 when they were all 0.
+            they collapsed; 0 when they were all 0, NaN when none could be had.
         collapsed: The effective sample size is below the least one, or so many weights are 0 that the rest, each at its
             cap, would not bring the mean to one.
     """
