@@ -114,25 +114,6 @@ def test_the_script_writes_text_only():
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|DOMParser|ContextualFragment", script)
 
 
-def test_fronts_of_one_policy_of_values_that_are_missing_and_of_one_objective(front, tmp_path):
-    missing = dict.fromkeys(NAMES), dict.fromkeys(NAMES), dict.fromkeys(NAMES, 1.0)
-    nothing = dict(zip(("values", "standard_errors", "missing"), missing, strict=True))
-    lost = {**front["points"][0], "validation": nothing, "test": nothing, "on_front": False, "examples": []}
-    lost |= {"step": None, "samples": None, "tokens": None, "seconds": None, "seed": None, "weights": {}}
-    page = write(tmp_path / "missing.html", {**front, "points": [lost, *front["points"][1:]]})
-    assert "missing missing missing" in page.text
-    page = write(tmp_path / "one.html", made_up(runs=1, steps=1, methods=1))
-    assert "Front of 1 policy" in page.text
-    assert "dominates a run" not in page.text
-    page = write(tmp_path / "single.html", {**front, "objectives": front["objectives"][:1]})
-    assert page.islands["front"]["shown"] == ["accuracy"]
-    with chromium() as browser:
-        for name in ("missing", "one", "single"):
-            tab = Tab(browser, tmp_path / f"{name}.html")
-            tab.page.wait_for_selector("#cloud .point", state="attached")
-            assert tab.errors == [], name
-
-
 # --- in a browser -----------------------------------------------------------------------------------------------------
 
 
@@ -143,17 +124,31 @@ def browser():
 
 
 @pytest.fixture(scope="module")
-def page_file(hostile, tmp_path_factory) -> Path:
+def opened(browser, hostile, tmp_path_factory) -> Tab:
+    """A tab with the hostile page; opening it takes a second, most of it plotly's."""
     path = tmp_path_factory.mktemp("page") / "front.html"
     write_page(path, hostile)
-    return path
+    return Tab(browser, path)
+
+
+@pytest.fixture
+def tab(opened) -> Tab:
+    """The tab as if it were new."""
+    for button in opened.page.locator('#legend [aria-pressed="false"]').all():
+        button.click()
+    for name, value in {"x": "accuracy", "y": "brevity", "which": "all", "bars": "front"}.items():
+        opened.page.select_option(f"#axes [name={name}]", value)
+    assert opened.errors == []
+    return opened
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1400, 400])
-def test_it_fits_its_window_and_follows_the_scheme(browser, page_file, width, scheme):
-    tab = Tab(browser, page_file, width, scheme)
-    tab.page.wait_for_selector("#curve .point", state="attached")
+def test_it_fits_its_window_and_follows_the_scheme(tab, width, scheme):
+    tab.page.set_viewport_size({"width": width, "height": 900})
+    tab.page.emulate_media(color_scheme=scheme)
+    plot = "document.querySelector('#cloud .main-svg').clientWidth === document.getElementById('cloud').clientWidth"
+    tab.page.wait_for_function(plot)  # it follows after a moment
     assert tab.page.evaluate("document.documentElement.scrollWidth") == width
     for selector in ("#cloud .main-svg", "#forest .main-svg", "#curve .main-svg", "#policy", "#examples", "#axes"):
         box = tab.page.locator(selector).first.bounding_box()
@@ -166,12 +161,11 @@ def test_it_fits_its_window_and_follows_the_scheme(browser, page_file, width, sc
     ink = tab.page.evaluate("getComputedStyle(document.querySelector('#cloud .xtitle')).fill")
     assert ink == tab.page.evaluate("getComputedStyle(document.body).color")
     assert tab.errors == []
-    assert tab.requests == [page_file.as_uri()]
+    assert tab.requests == [tab.page.url]
 
 
-def test_hostile_text_is_shown_and_not_run(browser, page_file, hostile):
-    tab = Tab(browser, page_file)
-    for i in range(len(hostile["points"])):
+def test_hostile_text_is_shown_and_not_run(tab, hostile):
+    for i in (0, 1, 2):
         tab.page.locator(f'tr[data-point="{i}"] button').click()
         assert tab.text("#policy-name") == hostile["points"][i]["id"]
     kept = [tab.text(f"#examples > div:nth-child({i + 1}) pre:last-of-type") for i in range(len(HOSTILE))]
@@ -182,22 +176,25 @@ def test_hostile_text_is_shown_and_not_run(browser, page_file, hostile):
     assert tab.errors == []
 
 
-def test_every_thing_can_be_done_by_keys(browser, page_file, hostile):
-    tab, points = Tab(browser, page_file), hostile["points"]
+def test_every_thing_can_be_done_by_keys(tab, hostile):
+    points = hostile["points"]
+    order = tab.page.evaluate("[...document.querySelectorAll('#policies tbody button')].map(b => b.textContent)")
+    tab.page.locator('tr[data-point="4"] button').click()
     tab.page.locator("#policies thead button").last.focus()
     tab.page.keyboard.press("Tab")
-    opened = next(i for i, p in enumerate(points) if p["on_front"])
-    assert tab.focused() == points[opened]["id"]  # the one row that Tab reaches
+    assert tab.focused() == points[4]["id"]  # the one row that Tab reaches
     tab.page.keyboard.press("Home")
     tab.page.keyboard.press("ArrowDown")
-    assert tab.focused() == points[1]["id"]
+    assert tab.focused() == order[1]
     tab.page.keyboard.press("Enter")
-    assert tab.focused() == tab.text("#policy-name") == points[1]["id"]
+    assert tab.focused() == tab.text("#policy-name") == order[1]
+    assert tab.page.evaluate("document.activeElement.tagName") == "H3"
     tab.page.keyboard.press("Escape")
-    assert tab.focused() == points[1]["id"]
+    assert tab.focused() == order[1]
+    assert tab.page.evaluate("document.activeElement.tagName") == "BUTTON"
     tab.page.locator("#next").focus()
     tab.page.keyboard.press("Enter")
-    assert tab.text("#policy-name") == points[2]["id"]
+    assert tab.text("#policy-name") == order[2]
     tab.page.locator("#legend button").first.focus()
     tab.page.keyboard.press("Space")
     assert tab.page.locator("#legend button").first.get_attribute("aria-pressed") == "false"
@@ -206,8 +203,8 @@ def test_every_thing_can_be_done_by_keys(browser, page_file, hostile):
     assert tab.errors == []
 
 
-def test_axes_sorting_and_clicks(browser, page_file, hostile):
-    tab, points = Tab(browser, page_file), hostile["points"]
+def test_axes_sorting_and_clicks(tab, hostile):
+    points = hostile["points"]
     tab.page.select_option("#axes [name=y]", "clarity")
     assert tab.text("#cloud .ytitle") == "clarity (larger is better)"
     tab.page.select_option("#axes [name=x]", "samples")
@@ -234,3 +231,31 @@ def test_axes_sorting_and_clicks(browser, page_file, hostile):
     tab.page.select_option("#curves [name=indicator]", "igd_plus")
     assert tab.text("#curve .ytitle") == "IGD+"
     assert tab.errors == []
+
+
+def test_fronts_of_one_policy_of_values_that_are_missing_and_of_one_objective(browser, front, tmp_path):
+    missing = dict.fromkeys(NAMES), dict.fromkeys(NAMES), dict.fromkeys(NAMES, 1.0)
+    nothing = dict(zip(("values", "standard_errors", "missing"), missing, strict=True))
+    lost = {**front["points"][0], "validation": nothing, "test": nothing, "on_front": False, "examples": []}
+    lost |= {"step": None, "samples": None, "tokens": None, "seconds": None, "seed": None, "weights": {}}
+    page = write(tmp_path / "missing.html", {**front, "points": [lost, *front["points"][1:]]})
+    assert "missing missing missing" in page.text
+    single = {**front, "points": [lost, *front["points"][1:]], "objectives": front["objectives"][:1]}
+    assert write(tmp_path / "single.html", single).islands["front"]["shown"] == ["accuracy"]
+    page = write(tmp_path / "one.html", made_up(runs=1, steps=1, methods=1))
+    assert "Front of 1 policy" in page.text
+    assert "dominates a run" not in page.text
+    for name in ("one", "single"):
+        found = Tab(browser, tmp_path / f"{name}.html")
+        found.page.wait_for_selector("#cloud .point", state="attached")
+        if name == "single":
+            found.page.locator('tr[data-point="0"] button').click()
+            values = found.page.locator("#values td").all_inner_texts()
+            assert values == ["missing", "–", "–", "–", "100 % of the values are missing"]
+                "missing",
+                "–",
+                "–",
+                "–",
+                "100 % of the values are missing",
+            ]
+        assert found.errors == [], name

@@ -64,9 +64,8 @@ def make_front(asked: Asked) -> tuple[dict[str, Any], Measured]:
     for note in notes[said:]:
         print(f"note: {note}", file=sys.stderr)
     write_files(asked.output, front, data)
-    from align.fronts.picture import draw  # matplotlib takes a second to import
-
     from align.fronts.page import write_page
+    from align.fronts.picture import draw  # matplotlib takes a second to import
 
     draw(asked.output / "front.png", front, objectives_of(config))
     write_page(asked.output / "front.html", front)
