@@ -89,6 +89,15 @@ def write_report(folder: Path) -> Path:
     return page
 
 
+def render_report(folder: Path, version: str = "") -> str:
+    """The page of a run as text; one with a version asks the server whether there is a newer one.
+
+    Raises:
+        ValueError: See `write_report`.
+    """
+    return _render(_read_run(folder), version)
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
@@ -195,7 +204,7 @@ def _plain(column: pa.ChunkedArray) -> list[Any]:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def _render(run: RunData) -> str:
+def _render(run: RunData, version: str = "") -> str:
     environment = templates()
     environment.filters |= {"count": lambda n: f"{n:,}", "percent": _percent, "seconds": seconds, "spread": spread}
     figures = figures_of(run.objectives, run.metrics, run.archive)
@@ -205,6 +214,7 @@ def _render(run: RunData) -> str:
     kinds = {"training": vars(run.training), "held_out": vars(run.held_out)}
     return environment.get_template("report.html").render(
         run=run,
+        version=version,
         facts=_facts(run),
         table=_table(run),
         hypervolume=_hypervolume_sentence(run),

@@ -29,19 +29,19 @@ class Tab:
 
     Args:
         browser: From `chromium`.
-        path: File to open.
+        target: File or address to open.
         width: Of the window, in pixels.
         scheme: Of colours, `light` or `dark`.
     """
 
-    def __init__(self, browser, path: Path, width: int = 1400, scheme: str = "light"):
+    def __init__(self, browser, target: Path | str, width: int = 1400, scheme: str = "light"):
         self.context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         self.page, self.errors, self.requests = self.context.new_page(), [], []
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("console", lambda line: line.type in ("error", "warning") and self.errors.append(line.text))
         self.page.on("dialog", lambda dialog: (self.errors.append(f"dialog {dialog.message}"), dialog.dismiss()))
         self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(path.as_uri())
+        self.page.goto(target if isinstance(target, str) else target.as_uri())
 
     def text(self, selector: str) -> str:
         """What an element holds, to the character."""

@@ -25,7 +25,7 @@ TORCH_FREE = (  # modules that answer at once, or read run folders only
     "align.fronts.card", "align.fronts.choose", "align.fronts.evaluation", "align.fronts.export", "align.fronts.front",
     "align.fronts.page", "align.fronts.pick", "align.fronts.picture", "align.fronts.statistics", "rewards.answers",
     "rewards.bus", "rewards.component", "rollout.prompts", "rollout.sampler", "rollout.server", "rollout.keeper",
-    "rollout.workers",
+    "rollout.workers", "align.watch",
 )  # fmt: skip
 
 

@@ -33,14 +33,15 @@ def write_page(path: Path, front: Mapping[str, Any]) -> None:
     replace_text(path, render(front))
 
 
-def render(front: Mapping[str, Any]) -> str:
-    """The page as text; it needs no other file."""
+def render(front: Mapping[str, Any], version: str = "") -> str:
+    """The page as text; it needs no other file. One with a version asks the server whether there is a newer one."""
     objectives = [_objective(o) for o in front["objectives"]]
     looks = _looks(front["points"])
     environment = templates()
     environment.filters |= {"count": lambda n: "–" if n is None else f"{n:,.0f}", "number": _number, "interval": _interval}
     page = environment.get_template("front.html").render(
         front=front,
+        version=version,
         facts=_facts(front),
         objectives=objectives,
         titles={o.name: axis_title(o) for o in objectives},
