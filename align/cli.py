@@ -63,6 +63,13 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--json", metavar="FILE", default="", help="write the figures to this file")
     report = command("report", _report, "Write report.html and front.png of a run.")
     report.add_argument("run_folder", metavar="RUN")
+    watch = command("watch", _watch, "Serve the pages of runs in progress on this machine, made anew as their files grow.")
+    watch.add_argument(
+        "folders", metavar="RUN|FRONT", nargs="+", help="run folder, or folder that paretune front has written"
+    )
+    watch.add_argument(
+        "--port", type=int, default=8377, help="of 127.0.0.1 (default: %(default)s; 0 takes one that is free)"
+    )
     add_replay_arguments(command("replay", replay, "Replay what a run logged through another weighting scheme.", True))
     add_merge_arguments(command("merge", merge, "Merge policies of one origin into models between them."))
     add_sweep_arguments(command("sweep", sweep, "Train a grid of keys and seeds, one run after another.", True))
@@ -98,6 +105,12 @@ def _evaluate(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from align.evaluate_policies import evaluate_policies
 
     return evaluate_policies(options.target, options.config, options.checkpoints, options.json, overrides)
+
+
+def _watch(options: argparse.Namespace, _) -> int:
+    from align.watch import watch
+
+    return watch(options.folders, options.port)
 
 
 def _report(options: argparse.Namespace, overrides: Sequence[str]) -> int:

@@ -12,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from jinja2 import Environment, FileSystemLoader
 from plotly.offline import get_plotlyjs
 
 from align.archive import Archive, ParetoPoint
@@ -22,11 +21,11 @@ from align.load import load_config
 from align.report_figures import Row, draw_front, figures_of, front_axes
 from align.report_hacking import Watched, hacking_figures, hacking_table, held_out_falls, replay
 from align.report_rewards import RewardFacts, pauses, reward_facts, seconds, spread
+from align.web import island, templates
 from rewards.types import Objective
 
 MAX_SAMPLES = 3000  # embedded of each kind, training and held-out
 MAX_CHARACTERS = 1_000_000  # of text embedded of each kind
-_ESCAPED = str.maketrans({c: f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"})
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,15 @@ def write_report(folder: Path) -> Path:
     page.write_text(_render(run), encoding="utf-8")
     draw_front(Path(folder) / "front.png", run.archive, run.objectives)
     return page
+
+
+def render_report(folder: Path, version: str = "") -> str:
+    """The page of a run as text; one with a version asks the server whether there is a newer one.
+
+    Raises:
+        ValueError: See `write_report`.
+    """
+    return _render(_read_run(folder), version)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -196,10 +204,8 @@ def _plain(column: pa.ChunkedArray) -> list[Any]:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def _render(run: RunData) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+def _render(run: RunData, version: str = "") -> str:
+    environment = templates()
     environment.filters |= {"count": lambda n: f"{n:,}", "percent": _percent, "seconds": seconds, "spread": spread}
     figures = figures_of(run.objectives, run.metrics, run.archive)
     figures |= hacking_figures(run.watched, run.metrics, run.objectives)
@@ -208,6 +214,7 @@ def _render(run: RunData) -> str:
     kinds = {"training": vars(run.training), "held_out": vars(run.held_out)}
     return environment.get_template("report.html").render(
         run=run,
+        version=version,
         facts=_facts(run),
         table=_table(run),
         hypervolume=_hypervolume_sentence(run),
@@ -217,17 +224,12 @@ def _render(run: RunData) -> str:
         falls=held_out_falls(run.archive, [o for o in run.objectives if o.name in run.watched.golds]),
         charts={key: figure["title"] for key, figure in figures.items()},
         islands={
-            "figures-data": _island(figures),
-            "front-data": _island(axes),
-            "samples-data": _island({"objectives": names, **kinds}),
+            "figures-data": island(figures),
+            "front-data": island(axes),
+            "samples-data": island({"objectives": names, **kinds}),
         },
         plotly=get_plotlyjs(),
     )
-
-
-def _island(data: Any) -> str:
-    """JSON that is safe inside a script element: no character of it can end the element or open another."""
-    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_ESCAPED)
 
 
 def _facts(run: RunData) -> list[tuple[str, str]]:

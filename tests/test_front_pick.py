@@ -125,7 +125,8 @@ def made(world) -> Path:
 
 
 def test_the_files_of_a_front(made):
-    assert {path.name for path in made.iterdir()} == {"front.json", "front.csv", "front.md", "front.png", "vectors.npz"}
+    written = {"front.json", "front.csv", "front.md", "front.png", "front.html", "vectors.npz"}
+    assert {path.name for path in made.iterdir()} == written
     data = json.loads((made / "front.json").read_text())
     assert data["prompts"] == {"validation": 8, "test": 8}
     (method,) = data["methods"]

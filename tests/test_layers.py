@@ -24,8 +24,9 @@ TORCH_FREE = (  # modules that answer at once, or read run folders only
     "align.engine", "align.rounds", "align.selftrain.choose", "align.selftrain.pool", "align.selftrain.rows",
     "align.selftrain.sources", "align.selftrain.tilt", "align.selftrain.weigh", "align.selftrain.weights", "align.summary",
     "align.fronts.card", "align.fronts.choose", "align.fronts.evaluation", "align.fronts.export", "align.fronts.front",
-    "align.fronts.pick", "align.fronts.picture", "align.fronts.statistics", "rewards.answers", "rewards.bus",
-    "rewards.component", "rollout.prompts", "rollout.sampler", "rollout.server", "rollout.keeper", "rollout.workers",
+    "align.fronts.page", "align.fronts.pick", "align.fronts.picture", "align.fronts.statistics", "rewards.answers",
+    "rewards.bus", "rewards.component", "rollout.prompts", "rollout.sampler", "rollout.server", "rollout.keeper",
+    "rollout.workers", "align.watch",
 )  # fmt: skip
 
 

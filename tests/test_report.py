@@ -254,7 +254,8 @@ def test_hostile_text_changes_no_element_and_survives_exactly(tmp_path, standard
 
 
 def test_script_writes_text_only():
-    script = (Path(sys.modules["align.report"].__file__).parent / "templates" / "report.js").read_text()
+    folder = Path(sys.modules["align.report"].__file__).parent / "templates"
+    script = "".join((folder / name).read_text() for name in ("common.js", "report.js"))
     assert script.count("textContent") > 5
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|DOMParser|ContextualFragment", script)
 

@@ -36,7 +36,7 @@ def front(asked: Asked) -> int:
     """Write the front and print its tables. Raises ValueError for what the user can mend."""
     found, _ = make_front(asked)
     print(table_of(found))
-    print(f"{asked.output}: front.json, front.csv, front.md, front.png")
+    print(f"{asked.output}: front.json, front.csv, front.md, front.png, front.html")
     return 0
 
 
@@ -64,9 +64,11 @@ def make_front(asked: Asked) -> tuple[dict[str, Any], Measured]:
     for note in notes[said:]:
         print(f"note: {note}", file=sys.stderr)
     write_files(asked.output, front, data)
+    from align.fronts.page import write_page
     from align.fronts.picture import draw  # matplotlib takes a second to import
 
     draw(asked.output / "front.png", front, objectives_of(config))
+    write_page(asked.output / "front.html", front)
     return front, data
 
 

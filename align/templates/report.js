@@ -1,33 +1,7 @@
-"use strict";
-
-const island = (id) => JSON.parse(document.getElementById(id).textContent);
-
 // --- figures ---------------------------------------------------------------------------------------------------------
 
 const figures = island("figures-data");
 const front = island("front-data");
-const dark = matchMedia("(prefers-color-scheme: dark)");
-const narrow = matchMedia("(max-width: 46rem)");
-
-function theme(large) {
-  const style = getComputedStyle(document.documentElement);
-  const colour = (name) => style.getPropertyValue(name).trim();
-  const axis = {gridcolor: colour("--line"), linecolor: colour("--line"), zeroline: false, automargin: true};
-  return {
-    layout: {
-      font: {family: "system-ui, sans-serif", size: large ? 13 : 12, color: colour("--ink")},
-      paper_bgcolor: "rgba(0,0,0,0)",
-      plot_bgcolor: "rgba(0,0,0,0)",
-      xaxis: axis,
-      yaxis: axis,
-      hoverlabel: {bgcolor: colour("--raised"), bordercolor: colour("--line"), font: {color: colour("--ink")}},
-      legend: {orientation: "h", x: 0, y: 1, yanchor: "bottom"},
-      margin: {l: 40, r: 12, t: 8, b: 36},
-      dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
-    },
-    data: {scatter: [{marker: {line: {color: colour("--ink")}}}]},
-  };
-}
 
 function draw(element) {
   const {data, layout} = figures[element.dataset.figure];
@@ -84,13 +58,6 @@ let place = 0;
 
 const columns = () => samples[form.elements.source.value].columns;
 const number = (value) => (value === null ? "–" : String(Number(value.toPrecision(6))));
-
-function make(tag, text, className = "") {
-  const element = document.createElement(tag);
-  element.textContent = text;
-  element.className = className;
-  return element;
-}
 
 function listSteps() {
   const what = form.elements.source.value === "held_out" ? "all evaluations" : "all steps";
