@@ -175,7 +175,7 @@ class _Group:
         config = self._wanted.config
         tokenizer, context = load_tokenizer(tokenizer_of(self.paths[0]), config)
         everything = load_prompts(config, tokenizer, context).evaluation
-        sets = PromptSets(everything, [everything[i] for i in self._places])
+        sets = PromptSets(everything, [everything[i] for i in self._places], shares={})
         owed, version = set(self.owed), 0
         first = next(path for (path, _), key in self.keys.items() if key in owed)
         with (
