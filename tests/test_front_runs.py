@@ -64,6 +64,17 @@ def test_runs_that_differ_in_their_seed_are_of_one_method(home, tmp_path):
     assert methods[1] == "fixed 0.5/0.3/0.2, trl.learning_rate=0.001"
 
 
+def test_many_differences_make_no_two_methods_one(home, tmp_path):
+    several = ["--trl.beta=0.1", "--trl.epsilon=0.3", "--trl.max_grad_norm=0.5"]
+    first = make_run(tmp_path / "first", {4: 1.0}, *several, "--trl.warmup_steps=1")
+    second = make_run(tmp_path / "second", {4: 1.0}, *several, "--trl.warmup_steps=2")
+    plain, *others = [c.method for c in name_methods(find(home / "a", first, second))]
+    assert plain == "fixed 0.5/0.3/0.2"  # what only others have is not named
+    assert others == [
+        f"fixed 0.5/0.3/0.2, trl.beta=0.1, trl.epsilon=0.3, trl.max_grad_norm=0.5, trl.warmup_steps={n}" for n in (1.0, 2.0)
+    ]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

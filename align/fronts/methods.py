@@ -14,21 +14,21 @@ NO_METHOD = (  # what two runs of one method may differ in
     "trl.logging_steps", "trl.run_name", "learner.micro_batch_size", "objectives.",
 )  # fmt: skip
 MEASURED = ("prompts.chat", "prompts.system", "rollout.max_tokens", "policy.dtype")
-MAX_KEYS = 3  # that tell two methods of one label apart
+MAX_KEYS = 3  # that tell two methods of one label apart, where so few do
 
 
 def name_methods(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Give the candidates of runs their method: type of weighting and its vector, and what else tells methods apart."""
     identities = {c.run: _identity(c.config) for c in candidates if c.config and not c.method}
     labels = {c.run: _label(c.config) for c in candidates if c.run in identities}
-    names = {}
+    told = {}
     for run, identity in identities.items():
         rivals = [identities[other] for other, label in labels.items() if label == labels[run]]
-        differing = sorted(
-            {key for rival in rivals for key in rival.keys() | identity if rival.get(key) != identity.get(key)}
-        )
-        told = [f"{key}={identity.get(key)}" for key in differing[:MAX_KEYS]]
-        names[run] = ", ".join([labels[run], *told])
+        differing = {key for rival in rivals for key in rival.keys() | identity if rival.get(key) != identity.get(key)}
+        told[run] = [f"{key}={identity[key]}" for key in sorted(differing & identity.keys())]
+    short = {run: ", ".join([labels[run], *keys[:MAX_KEYS]]) for run, keys in told.items()}
+    ambiguous = {short[a] for a in told for b in told if short[a] == short[b] and told[a] != told[b]}
+    names = {run: ", ".join([labels[run], *told[run]]) if name in ambiguous else name for run, name in short.items()}
     return [replace(c, method=names[c.run]) if c.run in names else c for c in candidates]
 
 

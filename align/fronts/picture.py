@@ -50,12 +50,17 @@ def _draw_points(
         bars = [[p["test"]["standard_errors"][o.name] or 0.0 for p in some] for o in (x, y)]
         axes.errorbar(xs, ys, xerr=bars[0], yerr=bars[1], fmt="none", ecolor=MUTED, elinewidth=1, zorder=2)
         edges = ["#1d2126" if p["on_front"] else "none" for p in some]
-        axes.scatter(xs, ys, s=55, c=colour, marker=marker, edgecolors=edges, linewidths=1.4, label=method, zorder=3)
+        axes.scatter(xs, ys, s=55, c=colour, marker=marker, edgecolors=edges, linewidths=1.4, label=_short(method), zorder=3)
     axes.set(xlabel=axis_title(x), ylabel=axis_title(y), title="on the test prompts; outlined: chosen on validation")
     axes.title.set_size(11)
     axes.margins(0.09)
     if len(looks) <= MAX_METHODS:
         axes.legend(loc="best", fontsize=9, framealpha=0.8, edgecolor="none")
+
+
+def _short(method: str) -> str:
+    """As much of a name as the legend has room for: methods differ at its beginning or at its end."""
+    return method if len(method) <= 50 else f"{method[:24]}…{method[-25:]}"
 
 
 def _archived(point: Mapping[str, Any]) -> ParetoPoint:
