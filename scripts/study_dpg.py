@@ -38,7 +38,7 @@ OBJECTIVES = {
     "accuracy": {"reward": "arithmetic_accuracy"},
 }
 FIT = {"prompts": 128, "samples_per_prompt": 32}
-STEPS, BATCH = 120, 16 * 8
+STEPS, BATCH = 60, 16 * 8
 DPG = {"type": "dpg", "moments": {"one_step": MOMENT}, "fit": FIT}
 VARIANTS = {
     "dpg": DPG,
