@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,13 @@ class Tab:
     def text(self, selector: str) -> str:
         """What an element holds, to the character."""
         return self.page.locator(selector).first.evaluate("element => element.textContent")
+
+    def wait_until(self, expression: str, seconds: float = 10.0) -> None:
+        """Until it is true; Playwright's own waiting evaluates text within the page, which the page forbids."""
+        end = time.monotonic() + seconds
+        while not self.page.evaluate(expression):
+            assert time.monotonic() < end, f"after {seconds:g} s this was still false: {expression}"
+            self.page.wait_for_timeout(50)
 
     def focused(self) -> str:
         """The text of the element that has the focus."""

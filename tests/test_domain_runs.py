@@ -13,11 +13,11 @@ from align.archive import Archive, ParetoPoint, read_points
 from align.build import load_prompts, locate_model, objectives_of
 from align.config import describe_domains
 from align.domains import alignment
-from align.evaluate import summarize
 from align.evaluate_policies import _table
 from align.load import ConfigError, load_config
 from align.probe import Probe
 from align.report_figures import figures_of
+from align.summary import summarize
 from align.weighting.gradient import influence
 from tests.conftest import QUICKSTART, ROOT, overrides, read_lines
 

@@ -148,7 +148,7 @@ def test_it_fits_its_window_and_follows_the_scheme(tab, width, scheme):
     tab.page.set_viewport_size({"width": width, "height": 900})
     tab.page.emulate_media(color_scheme=scheme)
     plot = "document.querySelector('#cloud .main-svg').clientWidth === document.getElementById('cloud').clientWidth"
-    tab.page.wait_for_function(plot)  # it follows after a moment
+    tab.wait_until(plot)  # it follows after a moment
     assert tab.page.evaluate("document.documentElement.scrollWidth") == width
     for selector in ("#cloud .main-svg", "#forest .main-svg", "#curve .main-svg", "#policy", "#examples", "#axes"):
         box = tab.page.locator(selector).first.bounding_box()
