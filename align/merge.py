@@ -5,6 +5,7 @@ import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from align import __version__
 from align.files import replace_text
 from align.merge_methods import averaged_change, rewarded_soup, task_singular_vectors
 from align.merge_parents import Located, Parent, check_origin, folder_of, locate, read_json, tokenizer_folder, wide_type
+from align.packing import packed
 
 MERGE_FILE = "merge.json"  # says what a merged model is made of
 SHARD_BYTES = 4 * 2**30  # of weights in memory, of all models that are being written together
@@ -209,7 +211,8 @@ def write_models(recipe: Recipe, folders: Sequence[Path]) -> None:
 
 def _write_weights(recipe: Recipe, folders: Sequence[Path]) -> None:
     """Shards of all models in turn, so that no more than a shard of each is in memory."""
-    shards = _shards(recipe.parents[0], SHARD_BYTES // len(folders))
+    first = recipe.parents[0]
+    shards = packed(first.shapes, partial(_bytes, first), SHARD_BYTES // len(folders))
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     names = names if len(shards) > 1 else ["model.safetensors"]
     with tqdm(total=sum(map(len, shards)), desc="merging", unit="tensor", disable=None) as bar:
@@ -228,20 +231,6 @@ def _write_weights(recipe: Recipe, folders: Sequence[Path]) -> None:
         }
         for folder in folders:
             replace_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
-
-
-def _shards(parent: Parent, limit: int) -> list[list[str]]:
-    """Names of weights that one file holds; a weight above the limit is alone."""
-    shards: list[list[str]] = []
-    held = 0
-    for name in parent.shapes:
-        size = _bytes(parent, name)
-        if not shards or held + size > limit:
-            shards.append([])
-            held = 0
-        shards[-1].append(name)
-        held += size
-    return shards
 
 
 def _bytes(parent: Parent, name: str) -> int:

@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from align.packing import packed
+
 GATHER_BYTES = 256 * 2**20
 WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")  # of activation checkpointing and torch.compile, in names
 
@@ -142,16 +144,11 @@ def adapters_of(module: LoraLayer) -> list[nn.Parameter]:
 
 def grouped(pieces: Iterable[Piece], limit: int) -> list[list[Piece]]:
     """Neighbouring pieces together while they stay within `limit` bytes; a larger piece is alone."""
-    groups: list[list[Piece]] = []
-    held = 0
-    for piece in pieces:
-        size = sum(_shape(parameter).numel() * parameter.element_size() for parameter in piece.parameters)
-        if not groups or held + size > limit:
-            groups.append([])
-            held = 0
-        groups[-1].append(piece)
-        held += size
-    return groups
+    return packed(pieces, _bytes, limit)
+
+
+def _bytes(piece: Piece) -> int:
+    return sum(_shape(parameter).numel() * parameter.element_size() for parameter in piece.parameters)
 
 
 def _named(

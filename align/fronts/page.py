@@ -51,7 +51,7 @@ def render(front: Mapping[str, Any], version: str = "") -> str:
         table=[_row(p, objectives) for p in front["points"]],
         methods=sorted(front["methods"], key=lambda m: -(m["hypervolume"]["mean"] or 0)),
         dominance=_dominance(front),
-        island=island(_data(front, objectives, looks)),
+        islands={"front-data": island(_data(front, objectives, looks))},
         plotly=get_plotlyjs(),
     )
     return page.encode("utf-8", "backslashreplace").decode("utf-8")  # half a pair of surrogates becomes JSON's \\ud800
