@@ -91,8 +91,8 @@ def seed_interval(estimates_BR: np.ndarray, prompts: int, bias: float = 0.0) -> 
     T +- q sqrt(V_P + V_S), where q is the quantile of |cos(a) X + sin(a) Y|, tan(a)^2 = V_S / V_P, X and Y from Student's t
     with P - 1 and R - 1 degrees of freedom (Behrens 1929; Fisher 1935). Prompts are resampled; seeds are not: three of them,
     drawn with replacement, are far too alike, while the variance of such a bootstrap of their mean, and its correction
-    R / (R - 1), are known in closed form. With one run the interval is about the prompts alone. With two it covers 89 to
-    99 %, with more about 95 %.
+    R / (R - 1), are known in closed form. With one run the interval is about the prompts alone. With two its
+    coverage is less sure than with three and more.
 
     Args:
         estimates_BR: An indicator of each of R runs: first of all prompts, then of each of B resamples.
