@@ -28,7 +28,7 @@ from align.load import load_config
 from align.plan import Plan, make_plan
 from align.selftrain.sources import load_sources
 from rewards.component import find_reward
-from rewards.types import Missing
+from rewards.types import OUTSIDE, Missing
 from rollout.prompts import Tokenizer
 from rollout.types import FinishReason, Prompt, Sample, SampleGroup
 
@@ -157,9 +157,11 @@ def _try_rewards(config: Config, prompts: PromptSets, tokenizer: Tokenizer) -> N
         for reason in sorted(reasons):
             print(f"{'':<{width}}  missing: {reason}")
         if reasons and objective.missing is Missing.FAIL:
+            key = f"objectives.{objective.name}"
+            way_out = f"widen {key}.bounds, or" if all(OUTSIDE in reason for reason in reasons) else "mend the reward, or"
             raise ValueError(
-                f"objectives.{objective.name}: the reward gave no value for a sample text, and a missing value stops the "
-                f"run: mend the reward, or set objectives.{objective.name}.missing"
+                f"{key}: the reward gave no value for a sample text, and a missing value stops the run: {way_out} set "
+                f"{key}.missing"
             )
 
 

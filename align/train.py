@@ -10,21 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.advice import advise, advise_on_prompts
-from align.build import PromptSets, build_bus, check_shares, load_prompts, load_tokenizer, locate_policy, objectives_of
+from align.build import build_bus, objectives_of
 from align.checkpoint import read_state
-from align.config import describe, describe_domains, describe_sampling
+from align.config import Config, describe, describe_domains
 from align.config.lagrangian_rules import constraint_kinds
-from align.engine import check_engine
-from align.guard import check_imports
-from align.launch import fail, quiet, start, uncollected
-from align.plan import Plan, Schedule, make_plan
-from align.runfolder import Run, open_run, processes, resume_command, write_folder
+from align.launch import fail, start
+from align.plan import Plan, Schedule
+from align.runfolder import Run, open_run, processes, resume_command
 from align.selftrain.pool import refuse_other_pool
 from align.selftrain.sources import Sources, load_sources
+from align.session import Ground, announce, conduct, lay_ground
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, TrainerCallback
+    from transformers import TrainerCallback
 
     from align.learner import GRPOConfig, Learner
     from rewards.bus import RewardBus
@@ -37,27 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def train(config_path: str, resume: str, overrides: Sequence[str]) -> int:
     """Train to the end, or until stopped; returns the exit status. Problems that can be known are said first."""
-    try:
-        check_imports()
+
+    def opened() -> Run:
         run = open_run(config_path, resume, overrides)
         if run.config.rounds is not None:
             raise ValueError("rounds: this configuration is one of self-training rounds: start it by `paretune rounds`")
-        if run.finished:
-            print(f"{run.folder} is complete: {run.config.steps} steps (a larger --steps goes on)")
-            return 0
-        with uncollected():
-            built = build(run)
-    except ValueError as error:
-        return fail(error)
-    from accelerate import PartialState
+        return run
 
-    try:
-        status = _run(run, built)
-    except KeyboardInterrupt:
-        return fail(KeyboardInterrupt("interrupted"), status=130)
-    PartialState().wait_for_everyone()  # launchers end all processes when the first one is gone
-    PartialState().destroy_process_group()
-    return status
+    return conduct(opened, build, _run)
 
 
 # --- build ------------------------------------------------------------------------------------------------------------
@@ -67,11 +52,8 @@ def train(config_path: str, resume: str, overrides: Sequence[str]) -> int:
 class Built:
     """The parts of a run that need no weights."""
 
-    model: str
-    tokenizer: "PreTrainedTokenizerBase"
-    prompts: PromptSets
+    ground: Ground
     bus: "RewardBus"
-    plan: Plan
     sources: Sources
     trl: "GRPOConfig"
 
@@ -79,25 +61,20 @@ class Built:
 def build(run: Run) -> Built:
     """Everything that can fail without weights. Raises ValueError."""
     config = run.config
-    plan = make_plan(config, processes())
-    model = locate_policy(config)
-    tokenizer, context = load_tokenizer(model, config)
-    prompts = load_prompts(config, tokenizer, context)
-    check_shares(prompts, plan.processes)
-    check_engine(config)
-    sources = load_sources(config, tokenizer, tokenizer.eos_token_id, context)
+    ground = lay_ground(config)
+    sources = load_sources(config, ground.tokenizer, ground.tokenizer.eos_token_id, ground.context)
     if run.checkpoint:
         state = read_state(Path(run.checkpoint))
         refuse_other_pool(run.folder, config, state.step, state.pooled)
     elif run.resumed:
         refuse_other_pool(run.folder, config, 0, 0)
-    bus = build_bus(config, prompts.columns)
+    bus = build_bus(config, ground.prompts.columns)
     from align.learner import GRPOConfig  # imports TRL: seconds, so after what is quick to refuse
     from align.learner_args import check_sharding, trl_arguments
 
-    trl = GRPOConfig(**trl_arguments(config, plan, run.folder / "checkpoints", run.evaluates_first))
+    trl = GRPOConfig(**trl_arguments(config, ground.plan, run.folder / "checkpoints", run.evaluates_first))
     check_sharding(config, trl)
-    return Built(model, tokenizer, prompts, bus, plan, sources, trl)
+    return Built(ground, bus, sources, trl)
 
 
 def build_learner(
@@ -119,7 +96,7 @@ def build_learner(
     from align.step import StepRules
     from align.weighting import build_scheme
 
-    config, state = run.config, PartialState()
+    config, ground, state = run.config, built.ground, PartialState()
     objectives = objectives_of(config)
     names = [objective.name for objective in objectives]
     archive = Archive(run.folder / "archive.jsonl", objectives, config.evaluation.reference, writes=state.is_main_process)
@@ -138,9 +115,9 @@ def build_learner(
         config.scoring.max_failed,
         domain_rules(config),
     )
-    of_built = (built.prompts, built.bus, built.tokenizer, built.model)
-    parts = Parts(config, built.plan, schedule, rules, *of_built, files, archive, built.sources, stop)
-    engine = open_engine(config, built.prompts, built.tokenizer, built.model, run.folder)
+    of_ground = (ground.prompts, built.bus, ground.tokenizer, ground.model)
+    parts = Parts(config, ground.plan, schedule, rules, *of_ground, files, archive, built.sources, stop)
+    engine = open_engine(config, ground.prompts, ground.tokenizer, ground.model, run.folder)
     try:
         return Learner(parts, built.trl, engine.sampler, callbacks)
     except BaseException:
@@ -162,12 +139,7 @@ def _run(run: Run, built: Built) -> int:
 
     config, state = run.config, PartialState()
     go_on = resume_command(run)  # now: Ctrl-C ends the launcher before us
-    quiet()
-    state.wait_for_everyone()  # nobody writes before everybody has checked
-    if state.is_main_process:
-        write_folder(run)
-        print(_summary(run, built), flush=True)
-    state.wait_for_everyone()
+    announce(run, built.ground, _said(config, built.ground.plan))
     schedule = Schedule(config.steps, config.evaluation.every, config.checkpoint.every)
     stop = StopSignal()
     on_schedule = ScheduleCallback(schedule, lambda: stop.requested)
@@ -204,21 +176,14 @@ def _run(run: Run, built: Built) -> int:
     return 128 + stop.number if stopped and processes() == 1 else 0  # launchers take anything else for a crash
 
 
-def _summary(run: Run, built: Built) -> str:
-    config, plan = run.config, built.plan
-    lines = [
-        f"run        {run.folder}" + (f" (from {run.checkpoint or 'the start'})" if run.resumed else ""),
-        f"policy     {config.policy.model}",
-        f"prompts    {len(built.prompts.train)} to train on, {len(built.prompts.evaluation)} held out",
+def _said(config: Config, plan: Plan) -> list[str]:
+    return [
         f"batch      {config.rollout.prompts_per_batch} prompts x {config.rollout.samples_per_prompt} samples, "
         f"{plan.processes} process(es) x {plan.accumulation} x {plan.micro_batch_size} per update",
-        f"sampling   {describe_sampling(config.rollout)}",
         f"weighting  {describe(config)}",
         *(f"domains    {line}" for line in describe_domains(config)),
         f"learner    {config.estimator.type}, {config.combination.type}, {config.steps} steps",
     ]
-    warnings = [*advise(config), *advise_on_prompts(config, built.prompts)]
-    return "\n".join([*lines, *(f"warning    {warning}" for warning in warnings)])
 
 
 def _finish(run: Run, learner: "Learner") -> None:

@@ -114,6 +114,8 @@ def _check(value: object, bounds: tuple[float, float]) -> tuple[float, str]:
     if isinstance(value, Exception):
         return math.nan, _reason(value)
     try:
+        if isinstance(value, str | bytes):  # float would read it
+            raise TypeError
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan, f"not a number: {value!r:.80}"

@@ -153,6 +153,14 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def _arguments_of(found: Callable[..., Any]) -> str:
+    """The arguments that a reward has, for an error; "" where Python cannot tell."""
+    try:
+        return f"; it has {', '.join(inspect.signature(found).parameters) or 'none'}"
+    except (TypeError, ValueError):
+        return ""
+
+
 def _try_on_nothing(reward: str, make: Recipe, form: Form) -> None:
     """Call a function on an empty completion. Raises ValueError where it cannot be called: its args are at fault."""
     (call,) = form.calls([NOTHING], [0])
@@ -178,7 +186,7 @@ def _parameters(reward: str, found: Callable[..., Any], args: Mapping[str, Any])
         if is_class:
             signature = inspect.signature(found.__call__)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"reward {reward!r} does not take args {dict(args)}: {error}") from error
+        raise ValueError(f"reward {reward!r} does not take args {dict(args)}: {error}{_arguments_of(found)}") from error
     parameters = dict(list(signature.parameters.items())[is_class:])  # without `self`
     parameters = {n: p for n, p in parameters.items() if is_class or n not in args}
     if any(p.kind is p.POSITIONAL_ONLY for p in parameters.values()):

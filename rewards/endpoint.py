@@ -84,7 +84,7 @@ class Endpoint:
                 if answer.status != 200:
                     raise self._failure(f"{where} answered {answer.status}: {self.quote(text)}", answer)
         except aiohttp.ClientError as error:
-            raise ConnectionError(f"{where}: {type(error).__name__} {error}") from error
+            raise ConnectionError(f"{where}: {_why(error)}") from error
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
@@ -100,8 +100,7 @@ class Endpoint:
             async with asyncio.timeout(READY_TIMEOUT), self._open() as session, session.get(self.url + route) as answer:
                 status, text = answer.status, await answer.text(errors="replace")
         except (aiohttp.ClientError, TimeoutError) as error:
-            why = f"{type(error).__name__} {error}".strip()
-            raise ValueError(f"there is no service at {self.url} ({why}): {way_out}") from error
+            raise ValueError(f"there is no service at {self.url} ({_why(error)}): {way_out}") from error
         if status in AWAY:
             raise ValueError(f"there is no service at {self.url} ({route} answered {status}): {way_out}")
         if status == 401:
@@ -133,6 +132,11 @@ class Endpoint:
         for session in self._sessions:
             await session.close()
         self._sessions = []
+
+
+def _why(error: BaseException) -> str:
+    """What aiohttp says, without the state of TLS that it puts into the name of a host."""
+    return f"{type(error).__name__} {error}".replace(" ssl:default", "").strip()
 
 
 def _proxy(url: str) -> str | None:

@@ -65,13 +65,16 @@ def test_check_plans_for_several_processes():
 
 
 def test_check_tries_every_reward(tmp_path: Path):
-    (tmp_path / "my_rewards.py").write_text("def fragile(text): return 1 / 0\ndef shouting(text): return text.isupper()\n")
+    (tmp_path / "my_rewards.py").write_text("def fragile(text): return 1 / 0\ndef shouting(text): return text.isupper()\ndef seven(text): return 7\n")
     good = paretune("check", QUICKSTART, "--objectives.accuracy.reward=my_rewards:shouting", cwd=tmp_path)
     assert good.returncode == 0, good.stderr
     bad = paretune("check", QUICKSTART, "--objectives.accuracy.reward=my_rewards:fragile", cwd=tmp_path)
     assert bad.returncode == 2
     assert "missing: ZeroDivisionError: division by zero (my_rewards.py:1)\n" in bad.stdout
     assert "objectives.accuracy: the reward gave no value for a sample text" in bad.stderr
+    narrow = paretune("check", QUICKSTART, "--objectives.accuracy={reward: my_rewards:seven}", cwd=tmp_path)
+    assert "objectives.accuracy: the reward gave no value" in narrow.stderr
+    assert "widen objectives.accuracy.bounds, or set" in narrow.stderr
     tolerated = "--objectives.accuracy.missing=drop_sample"
     assert (
         paretune("check", QUICKSTART, "--objectives.accuracy.reward=my_rewards:fragile", tolerated, cwd=tmp_path).returncode

@@ -188,7 +188,7 @@ class Threshold:
 
 
 def misbehaving(text: str):
-    return {"nan": math.nan, "inf": math.inf, "big": 2, "text": "many", "none": None, "ok": 0.5}[text]
+    return {"nan": math.nan, "inf": math.inf, "big": 2, "text": "0.5", "none": None, "ok": 0.5}[text]
 
 
 def test_a_trl_reward_works_as_it_is():
@@ -216,7 +216,7 @@ def test_a_class_is_made_with_its_args():
         ("tests.test_rewards:misbehavin", {}, r"cannot be imported.*'misbehavin'; did you mean 'misbehaving'\?$"),
         ("tests.test_rewards:seen", {}, "is a list, not a function"),
         ("tests.test_rewards:Threshold", {"most": 2}, "does not take args"),
-        ("brevity", {"max_token": 2}, "does not take args"),
+        ("brevity", {"max_token": 2}, "does not take args.*; it has token_ids, max_tokens"),
         ("brevity", {"max_tokens": 0}, "'brevity' cannot use args {'max_tokens': 0}: "),
         ("regex_match", {"pattern": "("}, r"cannot use args .*: pattern '\(' is not a regular expression: missing \)"),
         ("json_schema", {"schema": {"type": "nope"}}, "cannot use args .* is not a JSON Schema"),
@@ -247,7 +247,7 @@ def test_unusable_values_are_missing_with_a_reason_never_zero():
         "not finite: nan",
         "not finite: inf",
         "2 is outside its bounds [0, 1]",
-        "not a number: 'many'",
+        "not a number: '0.5'",
         "no value",
         f"KeyError: 'boom' (test_rewards.py:{misbehaving.__code__.co_firstlineno + 1})",
     ]

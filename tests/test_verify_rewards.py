@@ -235,6 +235,8 @@ def test_any_text_has_a_value(text):
         ("\\boxed{even}", "\\text{even}", 1),
         ("\\boxed{x=5}", "So $x = \\boxed{5}$", 1),  # the answer of a whole solution
         ("The answer is 72.", "72", 1),
+        ("2*36=72\n####72", "72", 1),
+        ("#72", "72", 1),
         ("#### 72", "72", 1),
         ("48/2+48 = 72", "72", 1),
         ("no idea", "72", 0),
