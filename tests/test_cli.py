@@ -65,7 +65,9 @@ def test_check_plans_for_several_processes():
 
 
 def test_check_tries_every_reward(tmp_path: Path):
-    (tmp_path / "my_rewards.py").write_text("def fragile(text): return 1 / 0\ndef shouting(text): return text.isupper()\ndef seven(text): return 7\n")
+    functions = {"fragile": "1 / 0", "shouting": "text.isupper()", "seven": "7"}
+    source = "".join(f"def {name}(text): return {value}\n" for name, value in functions.items())
+    (tmp_path / "my_rewards.py").write_text(source)
     good = paretune("check", QUICKSTART, "--objectives.accuracy.reward=my_rewards:shouting", cwd=tmp_path)
     assert good.returncode == 0, good.stderr
     bad = paretune("check", QUICKSTART, "--objectives.accuracy.reward=my_rewards:fragile", cwd=tmp_path)
