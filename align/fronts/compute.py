@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,7 @@ class Measured:
     validation_MPK: np.ndarray
     test_MPK: np.ndarray
 
-    @property
+    @cached_property
     def usable_M(self) -> np.ndarray:
         """Indices of the policies with a finite value for every objective, on validation and on test."""
         present = [np.isfinite(part_MPK).any(axis=1).all(axis=1) for part_MPK in (self.validation_MPK, self.test_MPK)]
@@ -247,8 +248,8 @@ def _note_odd(data: Measured, yardstick: Yardstick, methods: Mapping[str, Sequen
 
 def without_nan(data: Any) -> Any:
     """JSON has no NaN: a number that nobody knows is null."""
-    if isinstance(data, Mapping):
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
         return {key: without_nan(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [without_nan(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+    return [without_nan(value) for value in data] if isinstance(data, list | tuple) else data
