@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found.append(coverage(SEEDS_MATTER, np.random.default_rng(seed), options.repetitions, options.resamples))
         print(
             f"seed {seed}:",
-            {" ".join(map(str, key)): share for key, share in found[-1].items()},
+            {" ".join(map(str, key)): float(share) for key, share in found[-1].items()},
             file=sys.stderr,
             flush=True,
         )

@@ -103,7 +103,7 @@ def test_parents_that_have_seen_the_prompts_are_said(home):
 
 def test_runs_and_soups_on_one_front_without_labels(home, tmp_path, capsys):
     targets = [str(home / name) for name in ("a0", "a1", "soups/seed0", "soups/seed1")]
-    cache = ["--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "front")]
+    cache = ["--checkpoints", "all", "--cache", str(tmp_path / "cache"), "--output", str(tmp_path / "front")]
     assert main(["front", *targets, *cache]) == 0
     front = json.loads((tmp_path / "front" / "front.json").read_text())
     assert {m["method"]: m["runs"] for m in front["methods"]} == {"fixed 0.5/0.3/0.2": 2, "soup": 2}

@@ -170,8 +170,8 @@ def _curve(data: Measured, yardstick: Yardstick, runs: Sequence[np.ndarray]) -> 
     Merged models have no step: their curve is one row, at what all parents have cost.
     """
     policies = [[data.candidates[data.usable_M[m]] for m in rows_M] for rows_M in runs]
-    if all(c.merged for run in policies for c in run):
-        return [_row(yardstick, runs, None, [max(run, key=lambda c: c.samples or 0) for run in policies])]
+    if all(c.merged and c.samples is not None for run in policies for c in run):
+        return [_row(yardstick, runs, None, [max(run, key=lambda c: c.samples) for run in policies])]
     if any(c.step is None for run in policies for c in run):
         return []
     curve = []

@@ -44,6 +44,7 @@ def read_log(path: Path, notes: Notes) -> list[dict[str, Any]]:
 
 
 def samples_by(run: Path, config: Config, step: int) -> int | None:
+    """Samples that were drawn until a step; None where the run cannot have been as it says."""
     try:
         return make_plan(config, int(json_of(run / "environment.json").get("processes", 1))).samples_by(step)
     except ValueError:
@@ -51,10 +52,12 @@ def samples_by(run: Path, config: Config, step: int) -> int | None:
 
 
 def tokens_by(metrics: Sequence[Mapping[str, Any]], step: int) -> int | None:
+    """Tokens of prompts and completions until a step; None where nobody counted."""
     counts = [row["num_tokens"] for row in metrics if row["step"] <= step and row.get("num_tokens") is not None]
     return int(max(counts)) if counts else (0 if step == 0 and metrics and "num_tokens" in metrics[0] else None)
 
 
 def seconds_by(timings: Sequence[Mapping[str, Any]], step: int) -> float | None:
+    """Wall-clock time until a step; None where nobody took it."""
     taken = [row["step_time"] for row in timings if row["step"] <= step and row.get("step_time") is not None]
     return math.fsum(taken) if taken or (step == 0 and timings) else None

@@ -77,7 +77,7 @@ def _draw_curves(
     x = next((x for x in XS if all(row[x] is not None for curve in curves.values() for row in curve)), "step")
     for method, curve in curves.items():
         colour, marker = looks[method]
-        xs, volumes = [row[x] for row in curve], [row["hypervolume"] for row in curve]
+        xs, volumes = ([np.nan if row[key] is None else row[key] for row in curve] for key in (x, "hypervolume"))
         axes.plot(xs, volumes, color=colour, marker=marker, markersize=4, linewidth=1.6, label=method)
         low, high = ([np.nan if row[key] is None else row[key] for row in curve] for key in ("low", "high"))
         axes.fill_between(xs, low, high, color=colour, alpha=0.12, linewidth=0)
