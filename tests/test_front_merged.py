@@ -94,11 +94,14 @@ def test_what_a_killed_merge_left_and_a_record_that_cannot_be_read(home, tmp_pat
     assert methods == {"0.5_0.5": "soup", "1_0": "soup", "0_1": "soups"}  # the folder's name, as of any model
 
 
-def test_parents_that_have_seen_the_prompts_are_said(home):
-    notes, candidates = Notes(), find(home / "soups" / "seed0")
-    note_differences(candidates, load_config(str(home / "a0" / "config.json")), notes)
-    assert len(notes) == 1
-    assert notes[0].startswith(f"{home / 'a0'}, {home / 'b0'}: ")
+def test_parents_that_have_seen_the_prompts_are_said(home, monkeypatch):
+    monkeypatch.chdir(home)
+    config = load_config("a0/config.json")
+    for targets, said in ((["soups/seed0"], str(home / "a0")), (["a0", "soups/seed0"], "a0")):  # and none twice
+        notes, candidates = Notes(), find(*targets)
+        note_differences(candidates, config, notes)
+        assert len(notes) == 1
+        assert notes[0].startswith(f"{said}, {home / 'b0'}: ")
 
 
 def test_runs_and_soups_on_one_front_without_labels(home, tmp_path, capsys):

@@ -1,6 +1,5 @@
 """What a merged model is made of: its merge.json, and the runs of its parents where they are there. Imports no torch."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -74,8 +73,11 @@ class Merged:
             if parent.coefficient and (parent.step or 0) >= (last.get(key, parent).step or 0):
                 last[key] = parent
         costs = [_spent(parent, notes) for parent in last.values()]
-        return {key: None if None in values else math.fsum(values) if key == "seconds" else sum(values)
-                for key, values in ((key, [cost[key] for cost in costs]) for key in costs[0])}  # fmt: skip
+        found = {}
+        for key in costs[0]:
+            parts = [cost[key] for cost in costs]
+            found[key] = None if None in parts else sum(parts)
+        return found
 
 
 def merged_of(folder: Path) -> Merged | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from align.config import Config
@@ -103,7 +104,9 @@ def note_differences(candidates: Sequence[Candidate], config: Config, notes: Not
         notes: Gets the sentences.
     """
     runs = {c.run: c.config for c in candidates if c.config}
-    runs |= {str(p.run): p.config for c in candidates if c.merged for p in c.merged.parents if p.config}
+    here = {Path(run).resolve() for run in runs}
+    parents = [p for c in candidates if c.merged for p in c.merged.parents if p.config]
+    runs |= {str(p.run): p.config for p in parents if p.run.resolve() not in here}
     wanted = flatten(config.model_dump(mode="json"))
     for run, other in runs.items():
         flat = flatten(other.model_dump(mode="json"))
