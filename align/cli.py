@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import select
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +18,30 @@ from align.launch import add_train_arguments, share_cores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry of the console script; returns the exit status: 0 done, 2 for a problem that the user can mend."""
+    """Entry of the console script; returns the exit status: 0 done, 2 for a problem that the user can mend.
+
+    It is 1, without a word, when nobody reads what is printed any more, as in `paretune check FILE | head -1`.
+    """
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            sys.stdout.flush()  # what is printed later fails where nobody can catch it
+    except BrokenPipeError:
+        if not _unread(sys.stdout.fileno()):
+            raise  # it was another pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end of the interpreter
+        return 1
+
+
+def _unread(pipe: int) -> bool:
+    """Whether the other end of a pipe is closed."""
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = _parser()
     options, overrides = parser.parse_known_args(arguments)
     if overrides and not options.takes_overrides:

@@ -15,6 +15,7 @@ from align.build import load_prompts, load_tokenizer, locate_model, objectives_o
 from align.checkpoint import complete_checkpoints
 from align.config import Config
 from align.engine import check_engine
+from align.fronts.fingerprint import Hashes, tokenizer_of
 from align.launch import quiet
 from align.load import load_config
 from align.sampling import Place, evaluation_params
@@ -75,21 +76,26 @@ def _policies_of(run: Path, config: Config, checkpoints: str) -> list[Policy]:
 def _evaluate(policies: Sequence[Policy], config: Config, folder: Path) -> dict[str, Summary]:
     """Figures by name: all are sampled by the engine of the configuration, one after another, on equal seeds.
 
+    Policies of one tokenizer, architecture and end tokens share an engine; each kind has its own.
+
     Raises:
         ValueError: A policy, prompt or reward cannot be had, or the engine samples with none of the weights.
     """
     from align.evaluator import open_evaluator
 
-    first = policies[0].path
-    tokenizer, context = load_tokenizer(first, config)
-    prompts = load_prompts(config, tokenizer, context)
+    hashes, kinds = Hashes(folder / "hashes.json"), {}
+    for policy in policies:
+        kinds.setdefault(hashes.kind(policy.path, config.policy.revision), []).append(policy)
     summaries = {}
-    with open_evaluator(config, prompts, tokenizer, first, folder) as evaluator:
-        for number, policy in enumerate(policies):
-            evaluator.take(policy.path, number)
-            found = evaluator.evaluate(evaluation_params(config, Place()), step=number)
-            summaries[policy.name] = summarize(found.raw_PGK, objectives_of(config), found.domains)
-    return summaries
+    for some in kinds.values():
+        tokenizer, context = load_tokenizer(tokenizer_of(some[0].path), config)
+        prompts = load_prompts(config, tokenizer, context)
+        with open_evaluator(config, prompts, tokenizer, some[0].path, folder) as evaluator:
+            for number, policy in enumerate(some):
+                evaluator.take(policy.path, number)
+                found = evaluator.evaluate(prompts.evaluation, evaluation_params(config, Place()), step=number)
+                summaries[policy.name] = summarize(found.raw_PGK, objectives_of(config), found.domains)
+    return {policy.name: summaries[policy.name] for policy in policies}
 
 
 def _table(summaries: dict[str, Summary], config: Config) -> str:

@@ -1,6 +1,6 @@
 """What evaluates one finished policy after another: engine, rewards and held-out prompts, in one process."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,13 +16,13 @@ from align.loaded import LoadedPolicy
 from align.push import Pusher
 from align.scoring import score_together
 from rollout.sampler import RolloutError, Sampler, SamplingParams
+from rollout.types import Prompt
 
 
 @dataclass(frozen=True)
 class Evaluator:
     """Evaluates the policy that it was given last."""
 
-    prompts: PromptSets
     loaded: LoadedPolicy
     sampler: Sampler
     pusher: Pusher
@@ -33,9 +33,9 @@ class Evaluator:
         self.loaded.load(path)
         self.pusher.push(version)
 
-    def evaluate(self, params: SamplingParams, step: int) -> Evaluation:
-        """Sample and score; `step` is written into the rows."""
-        return evaluate(self.sampler, self.score, self.prompts.evaluation, params, step)
+    def evaluate(self, prompts: Sequence[Prompt], params: SamplingParams, step: int) -> Evaluation:
+        """Sample and score some of the prompts; `step` is written into the rows."""
+        return evaluate(self.sampler, self.score, prompts, params, step)
 
 
 @contextmanager
@@ -62,6 +62,6 @@ def open_evaluator(
             loaded = LoadedPolicy(config, first, tokenizer.eos_token_id)
             sampler = stack.enter_context(closing(engine.sampler(loaded)))
             pusher = Pusher(config, prompts.evaluation, len(tokenizer), loaded, sampler)
-            yield Evaluator(prompts, loaded, sampler, pusher, score)
+            yield Evaluator(loaded, sampler, pusher, score)
         except RolloutError as error:
             raise ValueError(f"{error} (--rollout.engine=transformers samples without servers)") from error

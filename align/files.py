@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+MERGE_FILE = "merge.json"  # in the folder of a merged model: what it is made of
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:

@@ -14,12 +14,11 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from align import __version__
-from align.files import replace_text
+from align.files import MERGE_FILE, replace_text
 from align.merge_methods import averaged_change, rewarded_soup, task_singular_vectors
 from align.merge_parents import Located, Parent, check_origin, folder_of, locate, read_json, tokenizer_folder, wide_type
 from align.packing import packed
 
-MERGE_FILE = "merge.json"  # says what a merged model is made of
 SHARD_BYTES = 4 * 2**30  # of weights in memory, of all models that are being written together
 SMALL_FILES = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # of tokenizers
 NOT_A_TOKENIZER = (

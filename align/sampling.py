@@ -50,16 +50,20 @@ def fit_params(config: Config, place: Place) -> SamplingParams:
     )
 
 
-def evaluation_params(config: Config, place: Place) -> SamplingParams:
-    """For held-out prompts, dealt out one by one; equal seeds at every step, so that policies meet on equal terms."""
+def evaluation_params(config: Config, place: Place, start: int = 0) -> SamplingParams:
+    """For held-out prompts, dealt out one by one; equal seeds at every step, so that policies meet on equal terms.
+
+    `start` is the place of the first of them among all, where they are sampled part by part.
+    """
+    part = (start,) if start and config.rollout.engine.type == "transformers" else ()
     return SamplingParams(
         samples_per_prompt=config.evaluation.samples_per_prompt,
         max_tokens=config.rollout.max_tokens,
         temperature=config.evaluation.temperature,
         log_probs=config.rollout.correction.type != "none",
-        first=place.process,
+        first=start + place.process,
         stride=place.processes,
-        seed=_seed(config.seed, _EVALUATION, *_of_process(config, place)),
+        seed=_seed(config.seed, _EVALUATION, *_of_process(config, place), *part),
     )
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -190,8 +191,11 @@ def _standing(config: Config, folder: Path) -> str:
 
 def _launcher(asked: Sweep) -> list[str]:
     """Words before `-m MODULE`; none where one process is started plainly."""
-    if asked.launch:
-        return shlex.split(asked.launch)
+    if words := shlex.split(asked.launch):
+        own = shlex.split(script("accelerate")) if words[0] == "accelerate" else words[:1]
+        if not shutil.which(own[0]):
+            raise ValueError(f"--launch {asked.launch}: there is no program {words[0]!r}")
+        return [*own, *words[1:]]
     if asked.processes < 1:
         raise ValueError(f"--processes {asked.processes}: give 1 or more")
     if asked.processes == 1:

@@ -57,6 +57,18 @@ def test_check_prints_the_whole_configuration_when_asked_to():
     assert "quickstart.yaml: ok" in rest
 
 
+@pytest.mark.parametrize("arguments", [["check", QUICKSTART, "--print"], ["--help"]])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_who_stops_reading_gets_no_traceback(arguments, unbuffered):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "align.cli", *arguments], cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait() == 1 or (arguments, unbuffered) == (["--help"], "1")  # which argparse passes over
+
+
 def test_check_plans_for_several_processes():
     assert "64 per process" in paretune("check", QUICKSTART, "--processes", "2").stdout
     result = paretune("check", QUICKSTART, "--processes", "3")

@@ -12,7 +12,8 @@ import pytest
 from align.fronts.compute import Measured, front_of, measured
 from align.fronts.evaluation import Evaluated, Evaluations
 from align.fronts.files import csv_of, read_front, table_of, write_files
-from align.fronts.runs import Candidate, Notes
+from align.fronts.logs import Notes
+from align.fronts.runs import Candidate
 from align.load import load_config
 from tests.conftest import QUICKSTART
 

@@ -3,16 +3,19 @@
 import json
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 import align.evaluator
+from align.cli import main
+from align.fronts import evaluation
 from align.fronts.evaluation import Wanted, evaluate_all, split_prompts
 from align.load import load_config
 from rollout.types import Prompt
 from tests.conftest import QUICKSTART
-from tests.fronts import make_policy
+from tests.fronts import make_policy, make_run
 
 
 def wanted(*overrides: str, seeds=(0,), validation=0, test=0) -> Wanted:
@@ -87,6 +90,63 @@ def test_a_killed_command_goes_on_where_it_was(policies, tmp_path, monkeypatch):
             evaluate_all(policies[:2], wanted(), tmp_path)
     assert taken == policies[:1]
     assert evaluate_all(policies[:2], wanted(), tmp_path).made == 1
+
+
+def test_a_killed_evaluation_goes_on_at_its_next_part(policies, tmp_path, monkeypatch):
+    """Of 12 prompts in parts of 5; the samples are those of a command that nobody stopped."""
+    drawn = []
+
+    class Killed(align.evaluator.Evaluator):
+        stops_after: ClassVar[int] = 2
+
+        def evaluate(self, prompts, params, step):
+            if len(drawn) == self.stops_after:
+                raise KeyboardInterrupt
+            drawn.append([prompt.text for prompt in prompts])
+            return super().evaluate(prompts, params, step)
+
+    how = wanted("--evaluation.samples_per_prompt=2", "--evaluation.temperature=1", seeds=(0, 1))
+    monkeypatch.setattr(evaluation, "PART", 10)
+    monkeypatch.setattr(align.evaluator, "Evaluator", Killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_all(policies[:1], how, tmp_path / "stopped")
+    assert [len(part) for part in drawn] == [5, 5]
+    Killed.stops_after = 100
+    stopped = evaluate_all(policies[:1], how, tmp_path / "stopped")
+    assert [len(part) for part in drawn] == [5, 5, 2, 5, 5, 2]  # the last one of the first seed, all of the second
+    assert (drawn[:3], stopped.made) == (drawn[3:], 2)
+    whole = evaluate_all(policies[:1], how, tmp_path / "whole")
+    assert len(drawn) == 12
+    for part in ("validation_PK", "test_PK"):
+        a, b = (getattr(found.by_path[policies[0]], part) for found in (stopped, whole))
+        assert np.array_equal(a, b)
+
+
+def test_policies_of_two_chat_templates_are_chosen_and_measured_on_the_same_prompts(policies, tmp_path):
+    paths = []
+    for name, start in (("plain", ""), ("asked", "Q: ")):
+        paths.append(str(shutil.copytree(policies[0], tmp_path / name)))
+        template = f"{{% for m in messages %}}{start}{{{{ m.content }}}}{{% endfor %}}"
+        tokenizer = Path(paths[-1]) / "tokenizer_config.json"
+        tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | {"chat_template": template}))
+    found = evaluate_all(paths, wanted("--prompts.chat=true"), tmp_path / "cache").by_path
+    plain, asked = ([example["prompt"] for example in found[path].examples] for path in paths)
+    assert asked == [f"Q: {text}" for text in plain]
+
+
+def test_every_policy_ends_with_its_own_tokens(policies, tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", {2: 1.0, 4: 1.0}, "--prompts.evaluation.args.count=4")
+    generation = run / "checkpoints" / "checkpoint-4" / "generation_config.json"
+    own = json.loads(generation.read_text())
+    generation.write_text(json.dumps(own | {"eos_token_id": [own["eos_token_id"], 10]}))
+    stops, evaluate = [], align.evaluator.Evaluator.evaluate
+    monkeypatch.setattr(
+        align.evaluator.Evaluator,
+        "evaluate",
+        lambda self, *a, **b: (stops.append(self.sampler._stop), evaluate(self, *a, **b))[1],
+    )
+    assert main(["eval", str(run), "--checkpoints=2,4"]) == 0
+    assert stops == [[own["eos_token_id"]], sorted([own["eos_token_id"], 10])]
 
 
 def owed(cache: Path, paths: list[str], how: Wanted, monkeypatch) -> int:

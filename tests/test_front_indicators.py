@@ -38,9 +38,10 @@ def test_hypervolumes_by_hand():
     assert hypervolumes(np.zeros((3, 0, 2)), np.zeros(2)).tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("points", [1, 7, 9])
 @pytest.mark.parametrize("objectives", [1, 2, 3, 4, 5])
-def test_hypervolumes_count_grid_cells_and_agree_with_moocore(objectives):
-    points = point_sets(objectives, levels=5 if objectives < 5 else 4)
+def test_hypervolumes_count_grid_cells_and_agree_with_moocore(objectives, points):
+    points = point_sets(objectives, points=points, levels=5 if objectives < 5 else 4)
     cells = 4 if objectives < 5 else 3
     reference = np.full(objectives, 1 / cells)
     found = hypervolumes(points, reference)

@@ -201,7 +201,8 @@ def test_lora_weights_are_exported_as_a_whole_model(world, tmp_path):
     from transformers import AutoModelForCausalLM
 
     from align.fronts.export import export_policy
-    from align.fronts.runs import Notes, find_candidates
+    from align.fronts.logs import Notes
+    from align.fronts.runs import find_candidates
 
     base = make_policy(tmp_path / "base", 1.0)
     torch.manual_seed(0)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from align.fronts.logs import Notes
 from align.fronts.methods import check_objectives, name_methods, note_differences
-from align.fronts.runs import Notes, find_candidates
+from align.fronts.runs import find_candidates
 from align.load import load_config
 from tests.fronts import SHIPPED, WEIGHTS, make_policy, make_run
 

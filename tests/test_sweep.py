@@ -1,19 +1,23 @@
 """Sweeps: what runs a grid stands for, and running, resuming and printing them."""
 
 import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from align import sweep as sweeping
+from align.checkpoint import complete_checkpoints
 from align.cli import main
 from align.load import load_config
 from align.sweep import folder_name, last_line, split_values, steps_done
 from tests import forks
-from tests.conftest import QUICKSTART, ROOT, SMALL, environment
+from tests.conftest import QUICKSTART, ROOT, SMALL, environment, read_lines
 
 FEW = ("--steps=3", "--evaluation.every=0", "--no-front")
 WEIGHTS = "weighting.weights={accuracy: 1, brevity: 1, clarity: 0}|{accuracy: .5, brevity: .5, clarity: 0}"
@@ -195,10 +199,65 @@ def test_a_front_that_cannot_be_drawn_is_said(fake: Fake, monkeypatch, capsys):
     assert len(fronts) == 1
 
 
+def of_forks(monkeypatch, processes: int) -> None:
+    """Runs of sweeps are processes of their own all the same."""
+    monkeypatch.setattr(sweeping, "Popen", lambda command, **options: forks.Fork(
+        command, cwd=ROOT, env=environment(processes), **options))  # fmt: skip
+
+
+def test_ctrl_c_stops_the_run_too_and_the_same_command_goes_on(tmp_path: Path, monkeypatch):
+    """For real: a signal to all processes of a sweep, as a terminal sends it."""
+    small = [text for text in SMALL if not text.startswith("--steps")]
+    sweep = ["sweep", QUICKSTART, f"--output={tmp_path}", f"--launch={sys.executable}", "--no-front", *small]
+    process = forks.Fork(
+        [sys.executable, "-m", "tests.sweep_forked", *sweep, "--steps=500", "--seeds", "0", "1"], cwd=ROOT,
+        env=environment(1), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    run = tmp_path / "seed0"
+    while not steps_done(run) and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, output
+    assert "stopped; the same command goes on" in output
+    stopped_at = complete_checkpoints(run / "checkpoints")[-1][0]
+    assert steps_done(run) == stopped_at
+    assert 1 <= stopped_at < 500
+    with pytest.raises(ProcessLookupError):  # nobody is left
+        os.killpg(process.pid, 0)
+    assert not (tmp_path / "seed1").exists()
+    of_forks(monkeypatch, processes=1)
+    assert main([*sweep, f"--steps={stopped_at + 2}"]) == 0
+    log = (tmp_path / "seed0.log").read_text()
+    assert f"stopped after step {stopped_at}; go on with: " in log
+    assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == list(range(1, stopped_at + 3))
+
+
+def test_a_sweep_of_runs_with_two_processes(tmp_path: Path, monkeypatch):
+    of_forks(monkeypatch, processes=2)
+    launch = f"{sys.executable} -m torch.distributed.run --standalone --nproc_per_node 2"  # what accelerate's comes to
+    small = [text for text in SMALL if not text.startswith("--steps")]
+    sweep = ["sweep", QUICKSTART, f"--output={tmp_path}", f"--launch={launch}", "--no-front", *small]
+    assert main([*sweep, "--steps=2"]) == 0
+    assert json.loads((tmp_path / "seed0" / "environment.json").read_text())["processes"] == 2
+    assert steps_done(tmp_path / "seed0") == 2
+
+
+def test_launchers_are_those_of_this_environment_or_refused(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    sweep = ["sweep", QUICKSTART, f"--output={tmp_path / 'out'}", "--print"]
+    assert main([*sweep, "--launch=accelerate launch --cpu --num_processes 2"]) == 0
+    program, *words = shlex.split(capsys.readouterr().out)
+    assert Path(program).resolve() == Path(sys.executable).with_name("accelerate").resolve()
+    assert words[:6] == ["launch", "--cpu", "--num_processes", "2", "-m", "align.train"]
+    assert main([*sweep, "--launch=acelerate launch"]) == 2
+    assert "--launch acelerate launch: there is no program 'acelerate'" in capsys.readouterr().err
+
+
 def test_a_sweep_trains_and_ends_in_a_front(tmp_path: Path, monkeypatch):
     """For real: two runs, complete."""
-    monkeypatch.setattr(sweeping, "Popen", lambda command, **options: forks.Fork(
-        command, cwd=ROOT, env=environment(1), **options))  # fmt: skip
+    of_forks(monkeypatch, processes=1)
     fronts = watch_fronts(monkeypatch, status=0)
     small = [text for text in SMALL if not text.startswith(("--weighting", "--steps"))]
     arguments = ["sweep", QUICKSTART, f"--output={tmp_path}", f"--launch={sys.executable}", "--steps=2", *small]

@@ -9,6 +9,7 @@ from align import __version__
 from align.config import Config
 from align.fronts.choose import Choice, Wish, sentences
 from align.fronts.compute import Measured
+from align.fronts.files import merged_from
 
 RUN_KEYS = (
     "policy",
@@ -103,4 +104,7 @@ def _training(point: Mapping[str, Any], base: str) -> list[str]:
         "tokens": point["tokens"],
         "seconds": None if point["seconds"] is None else round(point["seconds"]),
     }
+    if point.get("parents"):
+        del facts["scheme and weights"]
+        facts = {"merged by": point["method"], "from": merged_from(point)} | facts
     return [f"* {name}: {value}" for name, value in facts.items() if value not in (None, "")]

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from align.build import objectives_of
 from align.config import Config
 from align.fronts.evaluation import Evaluated, Evaluations
 from align.fronts.indicators import attainment, nondominated_rows
-from align.fronts.runs import Candidate, Notes
+from align.fronts.logs import Notes
+from align.fronts.runs import Candidate
 from align.fronts.statistics import LEVEL, RESAMPLES, Interval, Yardstick, fronts_of, resampled_means
 from align.summary import summarize
 from rewards.types import Objective
@@ -42,7 +44,7 @@ class Measured:
     validation_MPK: np.ndarray
     test_MPK: np.ndarray
 
-    @property
+    @cached_property
     def usable_M(self) -> np.ndarray:
         """Indices of the policies with a finite value for every objective, on validation and on test."""
         present = [np.isfinite(part_MPK).any(axis=1).all(axis=1) for part_MPK in (self.validation_MPK, self.test_MPK)]
@@ -157,15 +159,19 @@ def _point(c: Candidate, evaluated: Evaluated, objectives: Sequence[Objective]) 
         summary = summarize(getattr(evaluated, f"{part}_PK")[:, None], objectives)
         missing = {o.name: share for o, share in zip(objectives, evaluated.missing[part], strict=True)}
         parts[part] = {"values": summary.values, "standard_errors": summary.standard_errors, "missing": missing}
-    return {key: getattr(c, key) for key in keys} | {"weights": dict(c.weights or {})} | parts
+    parents = [p.name for p in c.merged.parents] if c.merged else []
+    return {key: getattr(c, key) for key in keys} | {"weights": dict(c.weights or {}), "parents": parents} | parts
 
 
 def _curve(data: Measured, yardstick: Yardstick, runs: Sequence[np.ndarray]) -> list[dict[str, Any]]:
     """Indicators of what the runs of a method had reached by a step, and the samples, tokens and seconds they had spent.
 
     A run counts with all its points up to the step; the curve begins where every run has one, and x is the mean over runs.
+    Merged models have no step: their curve is one row, at what all parents have cost.
     """
     policies = [[data.candidates[data.usable_M[m]] for m in rows_M] for rows_M in runs]
+    if all(c.merged and c.samples is not None for run in policies for c in run):
+        return [_row(yardstick, runs, None, [max(run, key=lambda c: c.samples) for run in policies])]
     if any(c.step is None for run in policies for c in run):
         return []
     curve = []
@@ -178,15 +184,20 @@ def _curve(data: Measured, yardstick: Yardstick, runs: Sequence[np.ndarray]) -> 
         if not all(so_far):
             continue
         latest = [max((c for c in run if c.step <= step), key=lambda c: c.step) for run in policies]
-        found = yardstick.indicators([np.array(rows) for rows in so_far])
-        volume = _tidy("hypervolume", found.pop("hypervolume"))
-        curve.append(
-            {"step": step}
-            | {x: _mean([getattr(c, x) for c in latest]) for x in XS}
-            | {"hypervolume": volume.mean, "low": volume.low, "high": volume.high}
-            | {name: asdict(interval) for name, interval in found.items()}
-        )
+        curve.append(_row(yardstick, [np.array(rows) for rows in so_far], step, latest))
     return curve
+
+
+def _row(yardstick: Yardstick, runs: Sequence[np.ndarray], step: int | None, latest: Sequence[Candidate]) -> dict[str, Any]:
+    """A row of a curve; `latest` has the policy of each run that has cost the most."""
+    found = yardstick.indicators(runs)
+    volume = _tidy("hypervolume", found.pop("hypervolume"))
+    return (
+        {"step": step}
+        | {x: _mean([getattr(c, x) for c in latest]) for x in XS}
+        | {"hypervolume": volume.mean, "low": volume.low, "high": volume.high}
+        | {name: asdict(interval) for name, interval in found.items()}
+    )
 
 
 def _mean(numbers: Sequence[float | None]) -> float | None:
@@ -237,8 +248,8 @@ def _note_odd(data: Measured, yardstick: Yardstick, methods: Mapping[str, Sequen
 
 def without_nan(data: Any) -> Any:
     """JSON has no NaN: a number that nobody knows is null."""
-    if isinstance(data, Mapping):
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, dict):
         return {key: without_nan(value) for key, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [without_nan(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
+    return [without_nan(value) for value in data] if isinstance(data, list | tuple) else data

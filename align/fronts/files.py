@@ -73,7 +73,8 @@ def csv_of(front: Mapping[str, Any]) -> str:
                 row[f"{part}/{name}"] = point[part]["values"][name]
                 row[f"{part}/{name}/standard_error"] = point[part]["standard_errors"][name]
                 row[f"{part}/{name}/missing"] = point[part]["missing"][name]
-        rows.append(row | {f"weight/{name}": point["weights"].get(name) for name in names})
+        row |= {f"weight/{name}": point["weights"].get(name) for name in names}
+        rows.append(row | {"merged": merged_from(point)})
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -96,6 +97,7 @@ def table_of(front: Mapping[str, Any]) -> str:
         [m["method"], str(m["runs"]), *(_interval(m[key]) for key in INDICATOR_NAMES)]
         for m in sorted(front["methods"], key=lambda m: -(m["hypervolume"]["mean"] or 0))
     ]
+    merged = [f"* {p['id']} = {_cell(merged_from(p))}" for p in front["points"] if p.get("parents")]
     bias = front["selection_bias"]
     lines = [
         f"# Front of {len(front['points'])} policies",
@@ -113,9 +115,15 @@ def table_of(front: Mapping[str, Any]) -> str:
         f"The front chosen on validation has a hypervolume of {_number(bias['hypervolume_on_validation'])} on test. "
         f"Choosing on test would have reported {_number(bias['hypervolume_on_test'])}, with a bias of about "
         f"{_number(bias['bias'])}.",
+        *(["", "## Merged models", "", *merged] if merged else []),
         *(["", "## Notes", "", *(f"* {_cell(note)}" for note in front["notes"])] if front["notes"] else []),
     ]
     return "\n".join(lines) + "\n"
+
+
+def merged_from(point: Mapping[str, Any]) -> str:
+    """What a merged model is made of; "" for others."""
+    return " + ".join(f"{c:g} × {name}" for name, c in point["weights"].items() if c) if point.get("parents") else ""
 
 
 def _dominance(front: Mapping[str, Any]) -> list[str]:

@@ -12,8 +12,9 @@ from align.engine import check_engine
 from align.fronts.compute import Measured, front_of, measured
 from align.fronts.evaluation import Wanted, evaluate_all
 from align.fronts.files import table_of, write_files
+from align.fronts.logs import Notes
 from align.fronts.methods import check_objectives, name_methods, note_differences
-from align.fronts.runs import Candidate, Notes, find_candidates
+from align.fronts.runs import Candidate, find_candidates
 from align.load import load_config
 
 

@@ -11,28 +11,44 @@ from scipy.stats import qmc
 
 from align.pareto import nondominated
 
+FEW = 7  # points whose hypervolume is summed over all subsets
 WEIGHT_VECTORS = 1024  # of the expected utility; a power of 2, as Sobol sequences want it
 
 
 def hypervolumes(points_BMK: np.ndarray, reference_K: np.ndarray) -> np.ndarray:
     """Share of the volume between the reference point and 1 that the M points dominate (B,); M may be 0.
 
-    HV = vol(union over m of [r, v_m]) / prod_k (1 - r_k) (Zitzler & Thiele 1998). A single
-    box and, with K = 2, the staircase are summed for all B at once; else moocore computes one after another.
+    HV = vol(union over m of [r, v_m]) / prod_k (1 - r_k) (Zitzler & Thiele 1998). With K = 2 the staircase is summed for
+    all B at once, and with few points the volumes that subsets of them share; else moocore computes one after another.
     """
     if not points_BMK.shape[1]:
         return np.zeros(len(points_BMK))
     whole = float(np.prod(1 - reference_K))
-    if points_BMK.shape[1] == 1:
-        return np.maximum(points_BMK[:, 0] - reference_K, 0.0).prod(axis=1) / whole
-    if len(reference_K) != 2:
-        volume = moocore.Hypervolume(reference_K, maximise=True)
-        return np.array([volume(points_MK) for points_MK in np.maximum(points_BMK, reference_K)]) / whole
-    above_BM2 = np.maximum(points_BMK - reference_K, 0.0)
+    above_BMK = np.maximum(points_BMK - reference_K, 0.0)
+    if len(reference_K) == 2:
+        return _staircases(above_BMK) / whole
+    if above_BMK.shape[1] <= FEW:
+        return _inclusion_exclusion(above_BMK) / whole
+    volume = moocore.Hypervolume(np.zeros(len(reference_K)), maximise=True)
+    return np.array([volume(above_MK) for above_MK in above_BMK]) / whole
+
+
+def _staircases(above_BM2: np.ndarray) -> np.ndarray:
+    """Areas (B,) between 0 and M points each."""
     order_BM = np.argsort(-above_BM2[..., 0], axis=1, kind="stable")
     x_BM, y_BM = (np.take_along_axis(above_BM2[..., k], order_BM, axis=1) for k in (0, 1))
     higher_BM = np.diff(np.maximum.accumulate(y_BM, axis=1), axis=1, prepend=0.0)
-    return (x_BM * higher_BM).sum(axis=1) / whole
+    return (x_BM * higher_BM).sum(axis=1)
+
+
+def _inclusion_exclusion(above_BMK: np.ndarray) -> np.ndarray:
+    """Volumes (B,) between 0 and M points each: sum over subsets S of (-1)^(|S| + 1) prod_k min over m in S of v_mk."""
+    corners_BSK, signs_S = above_BMK[:, :1], np.ones(1)
+    for m in range(1, above_BMK.shape[1]):
+        point_B1K = above_BMK[:, m : m + 1]
+        corners_BSK = np.concatenate([corners_BSK, np.minimum(corners_BSK, point_B1K), point_B1K], axis=1)
+        signs_S = np.concatenate([signs_S, -signs_S, [1.0]])
+    return corners_BSK.prod(axis=2) @ signs_S
 
 
 @dataclass(frozen=True)
@@ -49,7 +65,7 @@ class Linear:
 
     def of(self, points_BMK: np.ndarray, targets_BZK: np.ndarray) -> np.ndarray:
         """The indicator (B,) of points, measured from a reference front."""
-        return (points_BMK * self.points_MK).sum(axis=(1, 2)) + (targets_BZK * self.targets_ZK).sum(axis=(1, 2))
+        return np.tensordot(points_BMK, self.points_MK, 2) + np.tensordot(targets_BZK, self.targets_ZK, 2)
 
 
 def igd_plus(points_MK: np.ndarray, targets_ZK: np.ndarray) -> Linear:

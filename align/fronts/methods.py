@@ -1,12 +1,15 @@
 """What made a policy: runs that differ in nothing but their seed are runs of one method; what runs must have in common."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from align.config import Config
 from align.config.base import Signal
-from align.fronts.runs import Candidate, Notes
+from align.fronts.logs import Notes
+from align.fronts.merged import Parent
+from align.fronts.runs import Candidate
 from align.runfolder import flatten
 
 NO_METHOD = (  # what two runs of one method may differ in
@@ -18,9 +21,16 @@ MAX_KEYS = 3  # that tell two methods of one label apart, where so few do
 
 
 def name_methods(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Give the candidates of runs their method: type of weighting and its vector, and what else tells methods apart."""
-    identities = {c.run: _identity(c.config) for c in candidates if c.config and not c.method}
-    labels = {c.run: _label(c.config) for c in candidates if c.run in identities}
+    """Give candidates their method: type of weighting and its vector, or of merging, and what else tells methods apart."""
+    names = _names({c.run: c.config for c in candidates if c.config and not c.method})
+    names |= _names_of_merged(candidates)
+    return [replace(c, method=c.method or names.get(c.run or c.group, "")) for c in candidates]
+
+
+def _names(configs: Mapping[str, Config]) -> dict[str, str]:
+    """Methods of runs."""
+    identities = {run: _identity(config) for run, config in configs.items()}
+    labels = {run: _label(config) for run, config in configs.items()}
     told = {}
     for run, identity in identities.items():
         rivals = [identities[other] for other, label in labels.items() if label == labels[run]]
@@ -28,13 +38,33 @@ def name_methods(candidates: Sequence[Candidate]) -> list[Candidate]:
         told[run] = [f"{key}={identity[key]}" for key in sorted(differing & identity.keys())]
     short = {run: ", ".join([labels[run], *keys[:MAX_KEYS]]) for run, keys in told.items()}
     ambiguous = {short[a] for a in told for b in told if short[a] == short[b] and told[a] != told[b]}
-    names = {run: ", ".join([labels[run], *told[run]]) if name in ambiguous else name for run, name in short.items()}
-    return [replace(c, method=names[c.run]) if c.run in names else c for c in candidates]
+    return {run: ", ".join([labels[run], *told[run]]) if name in ambiguous else name for run, name in short.items()}
+
+
+def _names_of_merged(candidates: Sequence[Candidate]) -> dict[str, str]:
+    """Methods of merged models, by group: that of merging, and of the parents where these tell two apart."""
+    merged = {c.group: c.merged for c in candidates if c.merged and not c.method}
+    parents = [parent for m in merged.values() for parent in m.parents]
+    configs = {c.run: c.config for c in candidates if c.config} | {str(p.run): p.config for p in parents if p.config}
+    names = _names(configs)
+    steps: dict[str, set[int | None]] = {}
+    for parent in parents:
+        steps.setdefault(names.get(str(parent.run), parent.name), set()).add(parent.step)
+
+    def called(parent: Parent) -> str:
+        name = names.get(str(parent.run), parent.name)
+        return f"{name}@{parent.step}" if len(steps[name]) > 1 else name
+
+    of = {group: " + ".join(sorted(called(parent) for parent in m.parents)) for group, m in merged.items()}
+    of = {group: f"{of[group]}, from {m.base}" if m.base else of[group] for group, m in merged.items()}
+    kinds = {m.method: {of[group] for group, other in merged.items() if other.method == m.method} for m in merged.values()}
+    return {group: f"{m.method} of {of[group]}" if len(kinds[m.method]) > 1 else m.method for group, m in merged.items()}
 
 
 def _identity(config: Config) -> dict[str, Any]:
     flat = flatten(config.settled(exclude_defaults=True))
-    return {key: value for key, value in flat.items() if not key.startswith(NO_METHOD)}
+    length = {"steps": config.steps} if config.rounds is None else {"rounds.count": config.rounds.count}
+    return {key: value for key, value in flat.items() if not key.startswith(NO_METHOD)} | length
 
 
 def _label(config: Config) -> str:
@@ -74,6 +104,9 @@ def note_differences(candidates: Sequence[Candidate], config: Config, notes: Not
         notes: Gets the sentences.
     """
     runs = {c.run: c.config for c in candidates if c.config}
+    here = {Path(run).resolve() for run in runs}
+    parents = [p for c in candidates if c.merged for p in c.merged.parents if p.config]
+    runs |= {str(p.run): p.config for p in parents if p.run.resolve() not in here}
     wanted = flatten(config.model_dump(mode="json"))
     for run, other in runs.items():
         flat = flatten(other.model_dump(mode="json"))

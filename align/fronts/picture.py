@@ -20,7 +20,8 @@ MAX_METHODS = 14  # in the legend
 
 def draw(path: Path, front: Mapping[str, Any], objectives: Sequence[Objective]) -> None:
     """Draw what front.json says, measured on test."""
-    curves = {m["method"]: m["curve"] for m in front["methods"] if len(m["curve"]) > 1}
+    curves = {m["method"]: m["curve"] for m in front["methods"] if m["curve"]}
+    curves = curves if any(len(curve) > 1 for curve in curves.values()) else {}
     figure = Figure(figsize=(12.5 if curves else 8, 5), dpi=140, layout="constrained", facecolor="white")
     axes = figure.subplots(1, 2 if curves else 1, squeeze=False, width_ratios=[3, 2] if curves else [1])[0]
     names = list(dict.fromkeys(point["method"] for point in front["points"]))
@@ -76,7 +77,7 @@ def _draw_curves(
     x = next((x for x in XS if all(row[x] is not None for curve in curves.values() for row in curve)), "step")
     for method, curve in curves.items():
         colour, marker = looks[method]
-        xs, volumes = [row[x] for row in curve], [row["hypervolume"] for row in curve]
+        xs, volumes = ([np.nan if row[key] is None else row[key] for row in curve] for key in (x, "hypervolume"))
         axes.plot(xs, volumes, color=colour, marker=marker, markersize=4, linewidth=1.6, label=method)
         low, high = ([np.nan if row[key] is None else row[key] for row in curve] for key in ("low", "high"))
         axes.fill_between(xs, low, high, color=colour, alpha=0.12, linewidth=0)

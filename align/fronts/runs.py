@@ -1,6 +1,5 @@
 """Which policies a front is made of: run folders, checkpoints, and model folders of whatever origin. Imports no torch."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,8 +10,9 @@ from align.build import BUILT_IN_POLICIES, base_model, is_adapter, locate_model
 from align.checkpoint import STATE_FILE, checkpoint_name, complete_checkpoints
 from align.config import Config
 from align.fronts.fingerprint import WEIGHTS, has_tokenizer, hub_commit
+from align.fronts.logs import Notes, json_of, read_log, samples_by, seconds_by, tokens_by
+from align.fronts.merged import Merged, merged_of
 from align.load import load_config
-from align.plan import make_plan
 
 HALF = "go on with the run by --resume, or leave it away"
 
@@ -32,8 +32,9 @@ class Candidate:
         samples: Training samples drawn until then.
         tokens: Tokens of prompts and completions until then.
         seconds: Wall-clock time until then.
-        weights: Those in force, by objective.
+        weights: Those in force, by objective; of a merged model its coefficients, by parent.
         config: Of its run.
+        merged: What a merged model is made of.
     """
 
     id: str
@@ -48,15 +49,7 @@ class Candidate:
     seconds: float | None = None
     weights: Mapping[str, float] | None = None
     config: Config | None = None
-
-
-class Notes(list[str]):
-    """Sentences about what was left out or is not as one may think; each once."""
-
-    def add(self, note: str) -> None:
-        """Add a sentence unless it is there."""
-        if note not in self:
-            self.append(note)
+    merged: Merged | None = None
 
 
 def find_candidates(targets: Sequence[str], checkpoints: str, notes: Notes) -> list[Candidate]:
@@ -98,10 +91,11 @@ def _candidates(target: str, checkpoints: str, notes: Notes) -> list[Candidate]:
             raise ValueError(f"{path} is a half-written checkpoint: it has no {STATE_FILE}; take another, or {HALF}")
         return _of_run(path.parent.parent, path.name.rpartition("-")[2], notes)
     if _is_model(path):
-        return [Candidate(name, str(path), group=name, method=_name_of(path))]
-    inner = [child for child in sorted(path.iterdir()) if _is_model(child)] if path.is_dir() else []
+        return [_of_model(path, name, name, _name_of(path), notes)]
+    children = sorted(path.iterdir()) if path.is_dir() else []
+    inner = [child for child in children if _is_model(child) and not child.name.startswith(".")]  # those are half-written
     if inner:
-        return [Candidate(f"{name}/{child.name}", str(child), group=name, method=_name_of(path)) for child in inner]
+        return [_of_model(child, f"{name}/{child.name}", name, _name_of(path), notes) for child in inner]
     if path.is_dir():
         raise ValueError(
             f"{target} is neither a run folder, nor a model folder, nor a folder of such: it has no config.json"
@@ -114,19 +108,20 @@ def _candidates(target: str, checkpoints: str, notes: Notes) -> list[Candidate]:
     return [Candidate(target, located, group=target, method=target)]
 
 
+def _of_model(path: Path, name: str, group: str, method: str, notes: Notes) -> Candidate:
+    """A model folder; all that were merged from the same parents are points of one run, wherever they lie."""
+    merged = merged_of(path)
+    if merged is None:
+        return Candidate(name, str(path), group, method=method)
+    weights, spent = merged.weights, merged.spent(notes)
+    return Candidate(name, str(path), merged.family, seed=merged.seed, **spent, weights=weights, merged=merged)
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run, or the beginning of one."""
     return any((folder / name).is_file() for name in ("environment.json", "metrics.jsonl")) or (
-        "objectives" in _json(folder / "config.json")
+        "objectives" in json_of(folder / "config.json")
     )
-
-
-def _json(file: Path) -> Mapping[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _is_model(folder: Path) -> bool:
@@ -197,9 +192,9 @@ def _of_run(run: Path, checkpoints: str, notes: Notes) -> list[Candidate]:
                 run=str(run),
                 step=step,
                 seed=config.seed,
-                samples=_samples(run, config, step),
-                tokens=_tokens(metrics, step),
-                seconds=_seconds(timings, step),
+                samples=samples_by(run, config, step),
+                tokens=tokens_by(metrics, step),
+                seconds=seconds_by(timings, step),
                 weights=_weights(config, metrics, step),
                 config=config,
             )
@@ -220,38 +215,6 @@ def _steps(run: Path, checkpoints: str, saved: Mapping[int, str]) -> list[int]:
             raise ValueError(f"--checkpoints: {run} has none of step {text!r}; it has {', '.join(map(str, [0, *saved]))}")
         chosen.append(int(text))
     return chosen
-
-
-def read_log(path: Path, notes: Notes) -> list[dict[str, Any]]:
-    """Rows of a log; a line that cannot be read is left out, and its number noted."""
-    rows = []
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row.get("step"), int):
-                raise ValueError("it has no step")
-            rows.append(row)
-        except (ValueError, AttributeError):
-            notes.add(f"skipped line {number} of {path}: it is not a row of a log")
-    return rows
-
-
-def _samples(run: Path, config: Config, step: int) -> int | None:
-    try:
-        return make_plan(config, int(_json(run / "environment.json").get("processes", 1))).samples_by(step)
-    except ValueError:
-        return None
-
-
-def _tokens(metrics: Sequence[Mapping[str, Any]], step: int) -> int | None:
-    counts = [row["num_tokens"] for row in metrics if row["step"] <= step and row.get("num_tokens") is not None]
-    return int(max(counts)) if counts else (0 if step == 0 and metrics and "num_tokens" in metrics[0] else None)
-
-
-def _seconds(timings: Sequence[Mapping[str, Any]], step: int) -> float | None:
-    taken = [row["step_time"] for row in timings if row["step"] <= step and row.get("step_time") is not None]
-    return math.fsum(taken) if taken or (step == 0 and timings) else None
 
 
 def _weights(config: Config, metrics: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:

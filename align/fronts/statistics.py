@@ -159,6 +159,11 @@ class Yardstick:
         """Indices of the front of all points, chosen on validation; IGD+ and epsilon are measured from it."""
         return nondominated_rows(self.validation_MK)
 
+    @cached_property
+    def targets_BZK(self) -> np.ndarray:
+        """The vectors of that front on test."""
+        return self.test_BMK[:, self.front_M]
+
     def indicators(self, runs: Sequence[np.ndarray]) -> dict[str, Interval]:
         """Every indicator of a method: the mean over its runs, each a set of points (their indices).
 
@@ -168,7 +173,7 @@ class Yardstick:
         that makes up that front itself they are about its runs at hand, not about others of other seeds.
         """
         validation_MK, test_BMK = self.validation_MK, self.test_BMK
-        targets_ZK, targets_BZK = validation_MK[self.front_M], test_BMK[:, self.front_M]
+        targets_ZK, targets_BZK = validation_MK[self.front_M], self.targets_BZK
         weights_WK, none_B0K = _weights(validation_MK.shape[1]), test_BMK[:, :0]
         columns: dict[str, list[np.ndarray]] = {name: [] for name in INDICATORS}
         biases = []
