@@ -76,6 +76,7 @@ function cloudOf(method, x, y, part) {
 }
 
 function drawCloud() {
+  if (!window.Plotly) return; // it comes last, and draws everything then
   const [x, y, part] = ["x", "y", "part"].map((name) => axes.elements[name].value);
   const corners = isObjective(x) && isObjective(y) ? front.stairs[part][x][y] : [[], []];
   const stairs = {type: "scatter", mode: "lines", x: corners[0], y: corners[1], hoverinfo: "skip"};
@@ -344,6 +345,7 @@ function setUpMethods() {
 }
 
 function drawMethods() {
+  if (!window.Plotly) return;
   drawForest();
   drawCurve();
 }
@@ -357,8 +359,10 @@ setUpAxes();
 setUpTable();
 setUpMethods();
 showRows();
-drawMethods();
 show(Math.max(0, points.findIndex((point) => point.on_front)));
-cloud.on("plotly_click", ({points: [hit]}) => known(hit.customdata) && show(hit.customdata));
+withPlotly(Promise.resolve(), () => {
+  drawAll();
+  cloud.on("plotly_click", ({points: [hit]}) => known(hit.customdata) && show(hit.customdata));
+});
 dark.addEventListener("change", drawAll);
 narrow.addEventListener("change", drawAll);
