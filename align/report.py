@@ -74,18 +74,27 @@ def render_report(folder: Path, version: str = "") -> str:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _read_run(folder: Path) -> RunData:
+def read_config(folder: Path) -> Config:
+    """The configuration of a run.
+
+    Raises:
+        ValueError: The folder is not a run folder.
+    """
     file = folder / "config.json"
     advice = "give the folder that the key `output` of a run named, for example runs/quickstart"
     if not file.is_file():
         raise ValueError(f"{folder} is not a run folder: it has no config.json; {advice}")
     try:
-        config = load_config(str(file))
+        return load_config(str(file))
     except ValueError as error:
         raise ValueError(f"{folder} is not a run folder; {advice}. {error}") from error
+
+
+def _read_run(folder: Path) -> RunData:
+    config = read_config(folder)
     objectives = objectives_of(config)
     samples = sorted(folder.glob("samples/shard-*.rank*.parquet"))
-    metrics, timings = _read_lines(folder / "metrics.jsonl"), _read_lines(folder / "timings.jsonl")
+    metrics, timings = read_lines(folder / "metrics.jsonl"), read_lines(folder / "timings.jsonl")
     return RunData(
         folder=folder,
         config=config,
@@ -98,7 +107,7 @@ def _read_run(folder: Path) -> RunData:
     )
 
 
-def _read_lines(path: Path) -> list[Row]:
+def read_lines(path: Path) -> list[Row]:
     """Rows of a JSON-lines file; none without the file, and a last line that is still being written does not count."""
     if not path.exists():
         return []
@@ -119,7 +128,7 @@ def _read_lines(path: Path) -> list[Row]:
 def _render(run: RunData, chunks: Mapping[str, Listed], version: str = "") -> str:
     counts = {kind: sum(rows for _, rows, _, _ in listed) for kind, listed in chunks.items()}
     environment = templates()
-    environment.filters |= {"count": lambda n: f"{n:,}", "percent": _percent, "seconds": seconds, "spread": spread}
+    environment.filters |= {"count": lambda n: f"{n:,}", "percent": percent, "seconds": seconds, "spread": spread}
     figures = figures_of(run.objectives, run.metrics, run.archive)
     figures |= hacking_figures(run.watched, run.metrics, run.objectives)
     axes = front_axes(run.archive, run.objectives) if run.archive.points else {}
@@ -168,8 +177,8 @@ def _table(run: RunData) -> list[dict[str, Any]]:
     return [
         {
             "step": point.step,
-            "values": [_mean_and_error(point, objective) for objective in run.objectives],
-            "missing": ", ".join(f"{name} {_percent(share)}" for name, share in point.missing.items() if share > 0),
+            "values": [mean_and_error(point, objective) for objective in run.objectives],
+            "missing": ", ".join(f"{name} {percent(share)}" for name, share in point.missing.items() if share > 0),
             "on_front": point.step in on_front,
             "checkpoint": point.checkpoint if (run.folder / point.checkpoint).is_dir() else "",  # others are deleted in time
         }
@@ -177,7 +186,7 @@ def _table(run: RunData) -> list[dict[str, Any]]:
     ]
 
 
-def _mean_and_error(point: ParetoPoint, objective: Objective) -> str:
+def mean_and_error(point: ParetoPoint, objective: Objective) -> str:
     """As many decimals as the span of the bounds asks for."""
     value, error = point.values[objective.name], point.standard_errors[objective.name]
     if not math.isfinite(value):
@@ -199,6 +208,6 @@ def _missing_of_training(run: RunData) -> float | None:
     return max((row[key] for row in run.metrics for key in keys if row.get(key) is not None), default=None)
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     """A share above 0 is never shown as 0 %."""
     return "below 0.1 %" if 0 < share < 0.001 else f"{100 * share:.3g} %"

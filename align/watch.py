@@ -109,8 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         port = self.server.server_address[1]
-        elsewhere = self.headers.get("Sec-Fetch-Site") == "cross-site" and self.headers.get("Sec-Fetch-Mode") != "navigate"
-        if elsewhere or self.headers.get("Host") not in (f"{HOST}:{port}", f"localhost:{port}"):  # a name that leads here
+        here = self.headers.get("Sec-Fetch-Site") in (None, "none", "same-origin")  # else a page elsewhere asks for a script
+        asked = here or self.headers.get("Sec-Fetch-Mode") == "navigate"
+        if not asked or self.headers.get("Host") not in (f"{HOST}:{port}", f"localhost:{port}"):  # a name that leads here
             self._answer(403, "ask by the address 127.0.0.1", "text/plain")
             return
         parts = self.path.split("?")[0].split("/")[1:]
@@ -150,6 +151,6 @@ def _answer_of(watched: Watched, parts: Sequence[str]) -> tuple[int, str, str]:
         return 200, watched.render(), "text/html"
     if parts == ["version"]:
         return 200, watched.version, "text/plain"
-    name = parts[-1].removesuffix(".js")
-    script = chunk_script(watched.folder, name) if parts == [FOLDER, f"{name}.js"] else None
+    asked_for_samples = len(parts) == 2 and parts[0] == FOLDER and parts[1].endswith(".js")
+    script = chunk_script(watched.folder, parts[1].removesuffix(".js")) if asked_for_samples else None
     return (404, NOTHING, "text/plain") if script is None else (200, script, "text/javascript")
