@@ -127,16 +127,16 @@ def test_fifty_thousand_samples_make_a_small_page_that_opens_with_the_first_of_t
     beside = sum(file.stat().st_size for file in (large.parent / "report-samples").iterdir())
     assert large.stat().st_size < 6_000_000
     assert large.stat().st_size + beside < 20_000_000
-    tab = Tab(browser, large)
-    tab.wait_until("document.querySelectorAll('#rows tbody tr').length === 20")
-    loaded = [url for url in tab.requests if url.endswith(".js")]
-    assert len(loaded) == 1  # of 50
-    assert [url.rpartition("/")[2] for url in loaded] == ["training-0-0.js"]
+    tab = Tab(browser, "about:blank")
     metrics = tab.context.new_cdp_session(tab.page)
-    metrics.send("Performance.enable")
-    work = {row["name"]: row["value"] for row in metrics.send("Performance.getMetrics")["metrics"]}
-    assert work["TaskDuration"] < 20  # seconds of one thread; one or two where nothing else runs, plotly's among them
+    metrics.send("Performance.enable", {"timeDomain": "threadTicks"})  # of its thread alone, however busy the machine is
+    tab.page.goto(large.as_uri())
+    tab.wait_until("document.querySelectorAll('#rows tbody tr').length === 20", seconds=60)
+    loaded = [url.rpartition("/")[2] for url in tab.requests if url.endswith(".js")]
+    assert loaded == ["training-0-0.js"]  # of 60
     tab.wait_until("document.querySelector('.main-svg') !== null", seconds=60)
+    work = {row["name"]: row["value"] for row in metrics.send("Performance.getMetrics")["metrics"]}
+    assert 0.01 < work["TaskDuration"] < 10  # seconds; one or two, most of it plotly's
     assert tab.errors == []
 
 
