@@ -71,7 +71,7 @@ LARGE_TEXT = "the quick brown fox jumps over the lazy dog "
 def large(tmp_path_factory) -> Path:
     """The report of a run of 50,000 samples: numbers grow with the row, and every 500th has no value of clarity."""
     run = tmp_path_factory.mktemp("large") / "run"
-    make_run(run, steps=2, texts=HOSTILE)
+    make_run(run, steps=2)
     table = pq.read_table(next((run / "samples").iterdir()))
     for file in (run / "samples").iterdir():
         file.unlink()
