@@ -86,8 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--config", metavar="FILE", default="", help="configuration; needed unless it is a run folder")
     evaluate.add_argument("--checkpoints", default="last", help="of a run: last (default), all, or steps such as 0,40,160")
     evaluate.add_argument("--json", metavar="FILE", default="", help="write the figures to this file")
-    report = command("report", _report, "Write report.html and front.png of a run.")
-    report.add_argument("run_folder", metavar="RUN")
+    report = command("report", _report, "Write report.html and front.png of a run, or one page that compares several.")
+    report.add_argument("folders", metavar="RUN", nargs="+", help="run folder; one has its report written into it")
+    text = "page of several runs (default: %(default)s)"
+    report.add_argument("--output", metavar="FILE", default="comparison.html", help=text)
     watch = command("watch", _watch, "Serve the pages of runs in progress on this machine, made anew as their files grow.")
     watch.add_argument(
         "folders", metavar="RUN|FRONT", nargs="+", help="run folder, or folder that paretune front has written"
@@ -140,8 +142,10 @@ def _watch(options: argparse.Namespace, _) -> int:
 
 def _report(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from align.report import write_report
+    from align.report_compare import write_comparison
 
-    print(write_report(Path(options.run_folder)))
+    first, *others = map(Path, options.folders)
+    print(write_comparison([first, *others], Path(options.output)) if others else write_report(first))
     return 0
 
 

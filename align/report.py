@@ -8,44 +8,19 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from plotly.offline import get_plotlyjs
 
 from align.archive import Archive, ParetoPoint
 from align.build import objectives_of
 from align.config import Config
+from align.files import replace_text
 from align.load import load_config
 from align.report_figures import Row, draw_front, figures_of, front_axes
 from align.report_hacking import Watched, hacking_figures, hacking_table, held_out_falls, replay
 from align.report_rewards import RewardFacts, pauses, reward_facts, seconds, spread
+from align.report_samples import FOLDER, MAX_ROWS, Listed, list_chunks, write_chunks
 from align.web import island, templates
 from rewards.types import Objective
-
-MAX_SAMPLES = 3000  # embedded of each kind, training and held-out
-MAX_CHARACTERS = 1_000_000  # of text embedded of each kind
-
-
-@dataclass(frozen=True)
-class Samples:
-    """Samples to embed in the page.
-
-    Args:
-        total: How many the run has.
-        prompts: The different prompts among the embedded samples.
-        columns: The columns of the sample files, equally long; `prompt` is an index into `prompts`.
-    """
-
-    total: int
-    prompts: Sequence[str]
-    columns: Mapping[str, Sequence[Any]]
-
-    @property
-    def embedded(self) -> int:
-        """How many are embedded."""
-        return len(self.columns.get("step", ()))
 
 
 @dataclass(frozen=True)
@@ -58,8 +33,6 @@ class RunData:
     metrics: Sequence[Row]
     timings: Sequence[Row]
     archive: Archive
-    training: Samples
-    held_out: Samples
     watched: Watched
     rewards: Sequence[RewardFacts]
 
@@ -75,7 +48,7 @@ class RunData:
 
 
 def write_report(folder: Path) -> Path:
-    """Write report.html and front.png into a run folder, and return the path of the first.
+    """Write report.html, the samples beside it, and front.png into a run folder, and return the path of the first.
 
     The run may be finished, interrupted or still going on.
 
@@ -84,35 +57,44 @@ def write_report(folder: Path) -> Path:
     """
     run = _read_run(Path(folder))
     page = Path(folder) / "report.html"
-    page.write_text(_render(run), encoding="utf-8")
+    replace_text(page, _render(run, write_chunks(run.folder)))
     draw_front(Path(folder) / "front.png", run.archive, run.objectives)
     return page
 
 
 def render_report(folder: Path, version: str = "") -> str:
-    """The page of a run as text; one with a version asks the server whether there is a newer one.
+    """The page of a run as text; one with a version asks the server whether there is a newer one, and for its samples.
 
     Raises:
         ValueError: See `write_report`.
     """
-    return _render(_read_run(folder), version)
+    return _render(_read_run(folder), list_chunks(folder), version)
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def _read_run(folder: Path) -> RunData:
+def read_config(folder: Path) -> Config:
+    """The configuration of a run.
+
+    Raises:
+        ValueError: The folder is not a run folder.
+    """
     file = folder / "config.json"
     advice = "give the folder that the key `output` of a run named, for example runs/quickstart"
     if not file.is_file():
         raise ValueError(f"{folder} is not a run folder: it has no config.json; {advice}")
     try:
-        config = load_config(str(file))
+        return load_config(str(file))
     except ValueError as error:
         raise ValueError(f"{folder} is not a run folder; {advice}. {error}") from error
+
+
+def _read_run(folder: Path) -> RunData:
+    config = read_config(folder)
     objectives = objectives_of(config)
     samples = sorted(folder.glob("samples/shard-*.rank*.parquet"))
-    metrics, timings = _read_lines(folder / "metrics.jsonl"), _read_lines(folder / "timings.jsonl")
+    metrics, timings = read_lines(folder / "metrics.jsonl"), read_lines(folder / "timings.jsonl")
     return RunData(
         folder=folder,
         config=config,
@@ -120,14 +102,12 @@ def _read_run(folder: Path) -> RunData:
         metrics=metrics,
         timings=timings,
         archive=Archive(folder / "archive.jsonl", objectives, config.evaluation.reference),
-        training=_training_samples(samples),
-        held_out=_held_out_samples(sorted(folder.glob("evaluation/step-*.parquet"))),
         watched=replay(samples, objectives),
         rewards=reward_facts(config, metrics, timings, samples),
     )
 
 
-def _read_lines(path: Path) -> list[Row]:
+def read_lines(path: Path) -> list[Row]:
     """Rows of a JSON-lines file; none without the file, and a last line that is still being written does not count."""
     if not path.exists():
         return []
@@ -142,80 +122,23 @@ def _read_lines(path: Path) -> list[Row]:
     return rows
 
 
-def _training_samples(files: Sequence[Path]) -> Samples:
-    """Evenly over steps; the text of the others is never held in memory together."""
-    steps = [pq.read_table(file, columns=["step"])["step"].to_numpy() for file in files]
-    total = sum(map(len, steps))
-    if not total:
-        return Samples(0, (), {})
-    order = np.argsort(np.concatenate(steps), kind="stable")
-    chosen = np.sort(order[_evenly(total, MAX_SAMPLES)])
-    tables, start = [], 0
-    for file, length in zip(files, map(len, steps), strict=True):
-        rows = chosen[(chosen >= start) & (chosen < start + length)] - start
-        tables.append(pq.read_table(file).take(rows))
-        start += length
-    table = pa.concat_tables(tables)
-    return _embed(total, [table.take(np.argsort(table["step"].to_numpy(), kind="stable"))])
-
-
-def _held_out_samples(files: Sequence[Path]) -> Samples:
-    """Evenly over prompts, the same ones of every evaluation."""
-    tables, total = [], 0
-    for file in files:
-        table = pq.read_table(file)
-        total += table.num_rows
-        tables.append(table.take(_evenly(table.num_rows, MAX_SAMPLES // len(files))))
-    return _embed(total, tables) if total else Samples(0, (), {})
-
-
-def _evenly(rows: int, wanted: int) -> np.ndarray:
-    """Indices of at most `wanted` (but at least 1) of the rows, evenly spaced, the first and the last included."""
-    return np.arange(rows) if rows <= wanted else np.linspace(0, rows - 1, max(wanted, 1)).round().astype(int)
-
-
-def _embed(total: int, tables: Sequence[pa.Table]) -> Samples:
-    """The rows of the tables, thinned out evenly until their text is not too long."""
-    wanted = max(table.num_rows for table in tables)
-    rows = pa.concat_tables(tables)
-    while wanted > 1 and _characters(rows) > MAX_CHARACTERS:
-        wanted //= 2
-        rows = pa.concat_tables([table.take(_evenly(table.num_rows, wanted)) for table in tables])
-    prompts = rows["prompt"].combine_chunks().dictionary_encode()
-    columns = {name: _plain(rows[name]) for name in rows.column_names if name != "prompt"}
-    return Samples(total, prompts.dictionary.to_pylist(), {**columns, "prompt": prompts.indices.to_pylist()})
-
-
-def _characters(rows: pa.Table) -> int:
-    long = [
-        rows["prompt"].unique(),
-        *(rows[name] for name in rows.column_names if name == "text" or name.startswith("error/")),
-    ]
-    return sum(pc.sum(pc.utf8_length(column)).as_py() or 0 for column in long)
-
-
-def _plain(column: pa.ChunkedArray) -> list[Any]:
-    """As a list; numbers that are not finite become None, which JSON has."""
-    if pa.types.is_floating(column.type):
-        column = pc.if_else(pc.is_finite(column), column, None)
-    return column.to_pylist()
-
-
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def _render(run: RunData, version: str = "") -> str:
+def _render(run: RunData, chunks: Mapping[str, Listed], version: str = "") -> str:
+    counts = {kind: sum(rows for _, rows, _, _ in listed) for kind, listed in chunks.items()}
     environment = templates()
-    environment.filters |= {"count": lambda n: f"{n:,}", "percent": _percent, "seconds": seconds, "spread": spread}
+    environment.filters |= {"count": lambda n: f"{n:,}", "percent": percent, "seconds": seconds, "spread": spread}
     figures = figures_of(run.objectives, run.metrics, run.archive)
     figures |= hacking_figures(run.watched, run.metrics, run.objectives)
     axes = front_axes(run.archive, run.objectives) if run.archive.points else {}
     names = [objective.name for objective in run.objectives]
-    kinds = {"training": vars(run.training), "held_out": vars(run.held_out)}
     return environment.get_template("report.html").render(
         run=run,
         version=version,
-        facts=_facts(run),
+        counts=counts,
+        samples_folder=FOLDER,
+        facts=_facts(run, counts["training"]),
         table=_table(run),
         hypervolume=_hypervolume_sentence(run),
         missing=_missing_of_training(run),
@@ -226,15 +149,15 @@ def _render(run: RunData, version: str = "") -> str:
         islands={
             "figures-data": island(figures),
             "front-data": island(axes),
-            "samples-data": island({"objectives": names, **kinds}),
+            "samples-data": island({"folder": FOLDER, "most": MAX_ROWS, "objectives": names, "chunks": chunks}),
         },
         plotly=get_plotlyjs(),
     )
 
 
-def _facts(run: RunData) -> list[tuple[str, str]]:
+def _facts(run: RunData, samples: int) -> list[tuple[str, str]]:
     """The numbers at the head of the page."""
-    facts = [("steps", f"{run.steps_done:,} of {run.config.steps:,}"), ("training samples", f"{run.training.total:,}")]
+    facts = [("steps", f"{run.steps_done:,} of {run.config.steps:,}"), ("training samples", f"{samples:,}")]
     archive = run.archive
     if archive.usable():
         starts_untrained = archive.usable()[0].step == 0
@@ -254,8 +177,8 @@ def _table(run: RunData) -> list[dict[str, Any]]:
     return [
         {
             "step": point.step,
-            "values": [_mean_and_error(point, objective) for objective in run.objectives],
-            "missing": ", ".join(f"{name} {_percent(share)}" for name, share in point.missing.items() if share > 0),
+            "values": [mean_and_error(point, objective) for objective in run.objectives],
+            "missing": ", ".join(f"{name} {percent(share)}" for name, share in point.missing.items() if share > 0),
             "on_front": point.step in on_front,
             "checkpoint": point.checkpoint if (run.folder / point.checkpoint).is_dir() else "",  # others are deleted in time
         }
@@ -263,7 +186,7 @@ def _table(run: RunData) -> list[dict[str, Any]]:
     ]
 
 
-def _mean_and_error(point: ParetoPoint, objective: Objective) -> str:
+def mean_and_error(point: ParetoPoint, objective: Objective) -> str:
     """As many decimals as the span of the bounds asks for."""
     value, error = point.values[objective.name], point.standard_errors[objective.name]
     if not math.isfinite(value):
@@ -285,6 +208,6 @@ def _missing_of_training(run: RunData) -> float | None:
     return max((row[key] for row in run.metrics for key in keys if row.get(key) is not None), default=None)
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
     """A share above 0 is never shown as 0 %."""
     return "below 0.1 %" if 0 < share < 0.001 else f"{100 * share:.3g} %"

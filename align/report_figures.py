@@ -1,7 +1,7 @@
 """The figures of the report: plain dictionaries in plotly's figure schema for the page, and the picture front.png."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import combinations, cycle, permutations
 from pathlib import Path
 from typing import Any
@@ -13,35 +13,26 @@ from matplotlib.figure import Figure
 
 from align.archive import Archive, ParetoPoint
 from align.pareto import nondominated
+from align.report_curves import (
+    COLOURS,
+    CURVES,
+    MUTED,
+    Chart,
+    Row,
+    cosine_figures,
+    curves,
+    domain_figures,
+    is_worth_drawing,
+    line,
+    missing_figures,
+    scheme_figures,
+    series_of,
+)
 from rewards.types import Objective
 
-Row = Mapping[str, Any]  # a line of metrics.jsonl
-Chart = dict[str, Any]  # "title", and plotly's "data" and "layout"
-
-COLOURS = ("#3b82c4", "#d9772b", "#2f9e6e", "#9467c8", "#d1495b", "#1b9aaa", "#b38f1d", "#7f8894")  # on white and on black
 SCALE = ("#5b6ee1", "#c4569a", "#f0883e")  # from the first step to the last
-MUTED = "#8a939c"
-DASHES = ("solid", "dash", "dot", "dashdot")
 OTHER, ON_FRONT, INITIAL = "other policies", "on the Pareto front", "initial policy"  # kinds of points
 MAX_LABELS = 12  # points on the front that are labelled with their step
-CURVES = {
-    "loss": "loss",
-    "grad_norm": "gradient norm",
-    "kl": "KL divergence from the reference policy",
-    "entropy": "entropy (nats per token)",
-    "completions/mean_length": "completion length (tokens)",
-    "groups/effective": "share of effective groups",
-    "learning_rate": "learning rate",
-    "rounds/kept": "share of samples that pass",
-    "selftrain/pool": "samples in the pool",
-    "selftrain/kept": "share of samples that join the pool",
-    "selftrain/nll": "loss on samples of the pool, without weights (nats)",
-    "selftrain/ess": "effective sample size of the pool's weights (share)",
-    "rounds/unweighted_loss": "loss without weights",
-    "rounds/ess": "effective sample size of the weights (share)",
-    "policy_age": "age of the sampling policy (steps)",
-}
-ONLY_IF_IT_CHANGES = ("learning_rate", "policy_age")
 
 
 def figures_of(objectives: Sequence[Objective], metrics: Sequence[Row], archive: Archive) -> dict[str, Chart]:
@@ -53,86 +44,21 @@ def figures_of(objectives: Sequence[Objective], metrics: Sequence[Row], archive:
     if metrics:
         colours = cycle(COLOURS)
         sections["objectives"] = [_objective_figure(o, next(colours), metrics, archive.points) for o in objectives]
-        sections["missing"] = _missing_figures(metrics, names)
+        sections["missing"] = missing_figures(metrics, names)
         weighted = [name for name in (*names, "kl") if any(f"weights/{name}" in row for row in metrics)]
         sections["weights"] = [curves("weights", metrics, {name: f"weights/{name}" for name in weighted})]
-        sections["weights"] += _scheme_figures(metrics, names) + _domain_figures(metrics, names)
-        sections["curves"] = [curves(CURVES[key], metrics, {"": key}) for key in CURVES if _is_worth_drawing(metrics, key)]
+        for figures in (scheme_figures, cosine_figures, domain_figures):
+            sections["weights"] += figures(metrics, names)
+        sections["curves"] = [curves(CURVES[key], metrics, {"": key}) for key in CURVES if is_worth_drawing(metrics, key)]
     return {f"{section}:{i}": chart for section, charts in sections.items() for i, chart in enumerate(charts)}
 
 
-# --- over steps -------------------------------------------------------------------------------------------------------
-
-
-def _series(metrics: Iterable[Row], key: str) -> tuple[list[int], list[float | None]]:
-    """Steps and values of a metric, of the rows that have it; a value that could not be had is None, a gap in the line."""
-    rows = [row for row in metrics if key in row]
-    return [row["step"] for row in rows], [row[key] for row in rows]
-
-
-def _is_worth_drawing(metrics: Iterable[Row], key: str) -> bool:
-    values = _series(metrics, key)[1]
-    return len(set(values)) > 1 if key in ONLY_IF_IT_CHANGES else bool(values)
-
-
-def curves(title: str, metrics: Sequence[Row], series: Mapping[str, str]) -> Chart:
-    """Lines over steps, by label; one without a label stands alone."""
-    data = []
-    for i, (label, key) in enumerate(series.items()):
-        line = _line(*_series(metrics, key), label, COLOURS[i % len(COLOURS)] if label else MUTED)
-        line["line"]["dash"] = DASHES[i % len(DASHES)]  # equal weights lie on each other
-        data.append(line)
-    axes = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"rangemode": "tozero" if all(series) else "normal"}}
-    return {"title": title, "data": data, "layout": {"showlegend": all(series), **axes}}
-
-
-def _domain_figures(metrics: Sequence[Row], names: Sequence[str]) -> list[Chart]:
-    """Weights of the domains of prompts, and every objective by domain."""
-    weights, *means = "weight", *(f"mean/{name}" for name in names)
-    domains = [key.split("/")[1] for key in metrics[0] if key.startswith("domains/") and key.endswith(f"/{means[0]}")]
-    titles = {weights: "weights of domains"} | {mean: f"{name} by domain" for name, mean in zip(names, means, strict=True)}
-    return [
-        curves(title, metrics, {domain: f"domains/{domain}/{key}" for domain in domains})
-        for key, title in titles.items()
-        if domains and f"domains/{domains[0]}/{key}" in metrics[0]
-    ]
-
-
-def _line(steps: Sequence[int], values: Sequence[float | None], label: str, colour: str) -> dict[str, Any]:
-    return {
-        "type": "scatter",
-        "mode": "lines" if len(steps) > 1 else "markers",
-        "x": list(steps),
-        "y": list(values),
-        "name": label,
-        "line": {"color": colour, "width": 1.8},
-        "marker": {"color": colour},
-        "hovertemplate": "step %{x}: %{y:.4g}" + ("<extra></extra>" if not label else ""),
-    }
-
-
-def _missing_figures(metrics: Sequence[Row], names: Sequence[str]) -> list[Chart]:
-    """One line per objective, where any value is missing."""
-    series = {name: f"objectives/{name}/missing" for name in names}
-    any_missing = any(share for key in series.values() for share in _series(metrics, key)[1])
-    return [curves("share of missing values", metrics, series)] if any_missing else []
-
-
-def _scheme_figures(metrics: Sequence[Row], names: Sequence[str]) -> list[Chart]:
-    """step_scale where it is not constant 1, and the scheme's own numbers: one line, or one per objective."""
-    figures = []
-    if any(value != 1 for value in _series(metrics, "step_scale")[1]):
-        figures.append(curves("step scale (multiplies the advantages)", metrics, {"": "step_scale"}))
-    keys = dict.fromkeys(key for row in metrics for key in row if key.startswith("weighting/"))
-    for quantity in dict.fromkeys(key.split("/")[1] for key in keys):
-        per_objective = {name: f"weighting/{quantity}/{name}" for name in names if f"weighting/{quantity}/{name}" in keys}
-        figures.append(curves(f"{quantity} (of the scheme)", metrics, per_objective or {"": f"weighting/{quantity}"}))
-    return figures
+# --- the objectives ---------------------------------------------------------------------------------------------------
 
 
 def _objective_figure(objective: Objective, colour: str, metrics: Sequence[Row], points: Sequence[ParetoPoint]) -> Chart:
     """Mean of every training batch, and the held-out means with their standard errors."""
-    steps, means = _series(metrics, f"objectives/{objective.name}/mean")
+    steps, means = series_of(metrics, f"objectives/{objective.name}/mean")
     held_out = [p for p in points if math.isfinite(p.values[objective.name])]
     markers = {
         "type": "scatter",
@@ -140,12 +66,12 @@ def _objective_figure(objective: Objective, colour: str, metrics: Sequence[Row],
         "name": "held out",
         "x": [p.step for p in held_out],
         "y": [p.values[objective.name] for p in held_out],
-        "error_y": _error_bars([_finite(p.standard_errors[objective.name]) for p in held_out]),
+        "error_y": error_bars([finite(p.standard_errors[objective.name]) for p in held_out]),
         "marker": {"color": colour, "size": 7},
         "line": {"color": colour},
         "hovertemplate": "step %{x}: %{y:.4g}",
     }
-    training = {**_line(steps, means, "training batch", colour), "opacity": 0.6}
+    training = {**line(steps, means, "training batch", colour), "opacity": 0.6}
     layout = {"showlegend": bool(held_out), "xaxis": {"title": {"text": "step"}}}
     return {"title": axis_title(objective), "data": [training, markers] if held_out else [training], "layout": layout}
 
@@ -163,11 +89,13 @@ def axis_title(objective: Objective) -> str:
     return f"{objective.name} ({'larger' if objective.maximize else 'smaller'} is better)"
 
 
-def _error_bars(errors: Sequence[float | None]) -> dict[str, Any]:
+def error_bars(errors: Sequence[float | None]) -> dict[str, Any]:
+    """Plotly's bars of one standard error; none where it is not known."""
     return {"type": "data", "array": list(errors), "color": MUTED, "thickness": 1, "width": 0}
 
 
-def _finite(number: float) -> float | None:
+def finite(number: float) -> float | None:
+    """JSON has no NaN."""
     return number if math.isfinite(number) else None
 
 
@@ -221,7 +149,7 @@ def front_axes(archive: Archive, objectives: Sequence[Objective]) -> dict[str, A
         "shown": [o.name for o in _shown(archive, objectives)],
         "traces": {
             o.name: [
-                {key: [_finite(getattr(p, key)[o.name]) for p in points] for key in ("values", "standard_errors")}
+                {key: [finite(getattr(p, key)[o.name]) for p in points] for key in ("values", "standard_errors")}
                 for points in kinds.values()
             ]
             for o in objectives
@@ -262,8 +190,8 @@ def _front_figure(archive: Archive, objectives: Sequence[Objective]) -> Chart:
     }
     data = [stairs, *(_cloud(kind, points, objectives, archive) for kind, points in _kinds(archive).items())]
     for trace, x_numbers, y_numbers in zip(data[1:], axes["traces"][x], axes["traces"][y], strict=True):
-        trace |= {"x": x_numbers["values"], "error_x": _error_bars(x_numbers["standard_errors"])}
-        trace |= {"y": y_numbers["values"], "error_y": _error_bars(y_numbers["standard_errors"])}
+        trace |= {"x": x_numbers["values"], "error_x": error_bars(x_numbers["standard_errors"])}
+        trace |= {"y": y_numbers["values"], "error_y": error_bars(y_numbers["standard_errors"])}
     layout = {"xaxis": {"title": {"text": axes["titles"][x]}}, "yaxis": {"title": {"text": axes["titles"][y]}}}
     return {"title": "evaluated policies", "data": data, "layout": layout}
 

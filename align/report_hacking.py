@@ -62,14 +62,14 @@ def replay(files: Sequence[Path], objectives: Sequence[Objective]) -> Watched:
 def _shards(files: Sequence[Path], names: Sequence[str]) -> Iterator[pa.Table]:
     """The numbers of each shard, in order of steps; within a step the processes in order, as they were when it trained."""
     columns = ["step", "tokens", *(f"value/{name}" for name in names), *(f"weight/{name}" for name in names)]
-    for _, shard in groupby(sorted(files, key=_place), key=lambda file: _place(file)[0]):
+    for _, shard in groupby(sorted(files, key=place), key=lambda file: place(file)[0]):
         yield pa.concat_tables([pq.read_table(file, columns=columns) for file in shard])
 
 
-def _place(file: Path) -> tuple[int, int]:
-    """Numbers of the shard and of the process: shard-000003.rank1.parquet -> (3, 1)."""
-    shard, rank, _ = file.name.split(".")
-    return int(shard.removeprefix("shard-")), int(rank.removeprefix("rank"))
+def place(file: Path) -> tuple[int, int]:
+    """Numbers of the shard and of the process: shard-000003.rank1.parquet -> (3, 1); step-000040.parquet -> (40, 0)."""
+    shard, rank, *_ = [*file.name.removesuffix(".parquet").split("."), "rank0"]
+    return int(shard.rpartition("-")[2]), int(rank.removeprefix("rank"))
 
 
 # --- held-out prompts -------------------------------------------------------------------------------------------------

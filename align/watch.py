@@ -9,10 +9,12 @@ from pathlib import Path
 from threading import Lock
 
 from align.report import render_report
+from align.report_samples import FOLDER, chunk_script
 from align.web import templates
 
 HOST = "127.0.0.1"
 LOGS = ("config.json", "metrics.jsonl", "timings.jsonl", "archive.jsonl", "front.json")
+NOTHING = "there is no such page"
 PARTS = ("samples/shard-*.parquet", "evaluation/step-*.parquet")
 
 
@@ -100,13 +102,16 @@ def watch(folders: Sequence[str], port: int) -> int:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """`/` lists the folders, `/N/` is a page, `/N/version` tells it whether there is a newer one; no file is served."""
+    """`/` lists the folders, `/N/` is a page, `/N/version` tells it whether there is a newer one, `/N/report-samples/...`
+    gives it samples, made when they are asked for; no file is served."""
 
     watched: Sequence[Watched] = ()
 
     def do_GET(self) -> None:
         port = self.server.server_address[1]
-        if self.headers.get("Host") not in (f"{HOST}:{port}", f"localhost:{port}"):  # a name elsewhere that leads here
+        here = self.headers.get("Sec-Fetch-Site") in (None, "none", "same-origin")  # else a page elsewhere asks for a script
+        asked = here or self.headers.get("Sec-Fetch-Mode") == "navigate"
+        if not asked or self.headers.get("Host") not in (f"{HOST}:{port}", f"localhost:{port}"):  # a name that leads here
             self._answer(403, "ask by the address 127.0.0.1", "text/plain")
             return
         parts = self.path.split("?")[0].split("/")[1:]
@@ -114,13 +119,11 @@ class _Handler(BaseHTTPRequestHandler):
         if parts == [""]:
             names = [one.folder.resolve().name for one in self.watched]
             self._answer(200, templates().get_template("watch.html").render(names=names))
-        elif not 0 <= number < len(self.watched) or parts[1:] not in ([""], ["version"]):
-            self._answer(404, "there is no such page", "text/plain")
-        elif parts[1] == "version":
-            self._answer(200, self.watched[number].version, "text/plain")
+        elif not 0 <= number < len(self.watched):
+            self._answer(404, NOTHING, "text/plain")
         else:
             try:
-                self._answer(200, self.watched[number].render())
+                self._answer(*_answer_of(self.watched[number], parts[1:]))
             except (ValueError, OSError) as error:
                 self._answer(503, f"{error}", "text/plain")
 
@@ -140,3 +143,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_) -> None:
         """Questions every few seconds are not worth a line each."""
+
+
+def _answer_of(watched: Watched, parts: Sequence[str]) -> tuple[int, str, str]:
+    """Status, text and kind of the answer to what is asked of a folder."""
+    if parts == [""]:
+        return 200, watched.render(), "text/html"
+    if parts == ["version"]:
+        return 200, watched.version, "text/plain"
+    asked_for_samples = len(parts) == 2 and parts[0] == FOLDER and parts[1].endswith(".js")
+    script = chunk_script(watched.folder, parts[1].removesuffix(".js")) if asked_for_samples else None
+    return (404, NOTHING, "text/plain") if script is None else (200, script, "text/javascript")

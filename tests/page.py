@@ -1,6 +1,9 @@
 """A report page as tests read it."""
 
+import base64
+import gzip
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -31,3 +34,25 @@ class Page(HTMLParser):
         elif self._is_island:
             assert not set(data) & set("<>&\u2028\u2029")
             self.islands[self.attributes[-1][1].removesuffix("-data")] = json.loads(data)
+
+
+def chunk_of(script: str) -> dict[str, list]:
+    """The columns that a script hands to the page; nothing else may be in it."""
+    packed = re.fullmatch(r'samplesArrived\("[a-z0-9_-]+","([A-Za-z0-9+/=]+)"\);\n', script)
+    assert packed, script[:100]
+    return json.loads(gzip.decompress(base64.b64decode(packed[1])))
+
+
+def samples_beside(path: Path, kind: str) -> dict[str, list]:
+    """The columns of all samples of a kind that the page can load, prompts in full."""
+    listed = Page(path).islands["samples"]
+    found: dict[str, list] = {}
+    for name, rows, first, last in listed["chunks"][kind]:
+        columns = chunk_of((path.parent / listed["folder"] / f"{name}.js").read_text(encoding="ascii"))
+        prompts = columns.pop("prompts")
+        columns["prompt"] = [prompts[i] for i in columns["prompt"]]
+        assert {len(column) for column in columns.values()} == {rows}
+        assert (columns["step"][0], columns["step"][-1], rows <= listed["most"]) == (first, last, True)
+        for column, values in columns.items():
+            found.setdefault(column, []).extend(values)
+    return found

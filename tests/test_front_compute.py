@@ -63,6 +63,20 @@ def curve_of_three() -> tuple[list[Candidate], Evaluations]:
     return some, evaluations(some, np.concatenate([values, values]), noise=1e-3)
 
 
+def test_attainment_in_every_two_objectives_by_hand():
+    """One run stops at accuracy .5 and brevity (smaller is better) 4, the other goes on to .9 and 8."""
+    values = np.array([[0.2, 1.0, 0.5], [0.5, 4.0, 0.5], [0.9, 8.0, 0.5]])
+    some = candidates(2, 3)[:5]
+    front, _ = make(some, evaluations(some, np.concatenate([values, values[:2]]), noise=0.0))
+    planes = [row for row in front["attainment_planes"] if (row["x"], row["y"]) == ("accuracy", "brevity")]
+    assert [(row["method"], row["share"]) for row in planes] == [("method 0", 0.5), ("method 0", 1.0)]
+    any_run, all_runs = ([*zip(row["xs"], row["ys"], strict=True)] for row in planes)
+    np.testing.assert_allclose(any_run, [(0.2, 1.0), (0.5, 4.0), (0.9, 8.0)])
+    np.testing.assert_allclose(all_runs, [(0.2, 1.0), (0.5, 4.0)])
+    pairs = {(row["x"], row["y"]) for row in front["attainment_planes"]}
+    assert pairs == {("accuracy", "brevity"), ("accuracy", "clarity"), ("brevity", "clarity")}
+
+
 def test_points_methods_and_curves_by_hand():
     front, _ = make(*curve_of_three())
     assert [point["on_front"] for point in front["points"]].count(True) >= 3

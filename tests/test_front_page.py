@@ -1,5 +1,6 @@
 """The page of a front: what it says, that text stays text, and how it behaves in a browser."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -230,6 +231,41 @@ def test_axes_sorting_and_clicks(tab, hostile):
     ]  # fmt: skip
     tab.page.select_option("#curves [name=indicator]", "igd_plus")
     assert tab.text("#curve .ytitle") == "IGD+"
+    assert tab.errors == []
+
+
+def test_what_a_share_of_the_runs_attains_is_drawn_in_the_two_axes(tab, hostile):
+    surfaces = "document.getElementById('cloud').data.filter((trace) => trace.mode === 'lines' && trace.hovertext)"
+    draw = f"{surfaces}.map((trace) => [trace.x, trace.y])"
+    assert tab.page.evaluate(draw) == []
+    for wanted, share in (("any", 0.5), ("all", 1.0)):
+        tab.page.select_option("#axes [name=attained]", wanted)
+        drawn = tab.page.evaluate(draw)
+        rows = [row for row in hostile["attainment_planes"] if (row["x"], row["y"], row["share"]) == (*NAMES[:2], share)]
+        assert len(drawn) == len(rows) == 3
+        for (xs, ys), row in zip(drawn, rows, strict=True):
+            assert set(zip(row["xs"], row["ys"], strict=True)) <= set(zip(xs, ys, strict=True))
+            assert all(a[0] == b[0] or a[1] == b[1] for a, b in itertools.pairwise(zip(xs, ys, strict=True)))  # steps
+    tab.page.select_option("#axes [name=part]", "validation")
+    assert tab.page.evaluate(draw) == []  # it is measured on test
+    tab.page.select_option("#axes [name=part]", "test")
+    tab.page.select_option("#axes [name=y]", "samples")
+    assert tab.page.evaluate(draw) == []
+    tab.page.select_option("#axes [name=attained]", "")
+    assert tab.errors == []
+
+
+def test_examples_of_all_policies_are_looked_through(tab, hostile):
+    tab.page.locator("#finder input").fill("ONERROR=alert")
+    kept = len(hostile["points"])  # one of each
+    assert tab.text("#found") == f"{kept} found"
+    assert tab.page.locator("#examples > div").count() == kept
+    assert set(tab.page.locator("#examples > div > p:first-child").all_inner_texts()) >= {hostile["points"][1]["id"]}
+    tab.page.locator("#finder input").fill("nowhere")
+    assert tab.text("#examples") == "No example has this text."
+    tab.page.locator("#finder input").fill("")
+    assert tab.page.locator("#examples > div").count() == len(HOSTILE)
+    assert tab.page.locator("img").count() == 0
     assert tab.errors == []
 
 

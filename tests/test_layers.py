@@ -20,7 +20,7 @@ ALLOWED = {  # package -> what it may import of ours
 TORCH_FREE = (  # modules that answer at once, or read run folders only
     "align.cli", "align.config", "align.load", "align.check", "align.build", "align.runfolder", "align.plan",
     "align.checkpoint", "align.archive", "align.runlog", "align.step", "align.weighting", "align.report", "align.advice",
-    "align.replay", "align.sweep",
+    "align.replay", "align.report_compare", "align.sweep",
     "align.engine", "align.rounds", "align.selftrain.choose", "align.selftrain.pool", "align.selftrain.rows",
     "align.selftrain.sources", "align.selftrain.tilt", "align.selftrain.weigh", "align.selftrain.weights", "align.summary",
     "align.fronts.card", "align.fronts.choose", "align.fronts.evaluation", "align.fronts.export", "align.fronts.front",

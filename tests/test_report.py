@@ -5,7 +5,6 @@ import math
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,14 +16,14 @@ from matplotlib.image import imread
 from align.archive import Archive, ParetoPoint
 from align.build import objectives_of
 from align.config import Config
-from align.report import MAX_SAMPLES, write_report
+from align.report import write_report
 from align.report_figures import staircase
 from align.runlog import RunFiles, sample_rows
 from align.step import StepRules, take_step
 from align.weighting import build_scheme
 from rewards.types import RewardMatrix
 from rollout.types import FinishReason, Prompt, Sample, SampleGroup
-from tests.page import Page
+from tests.page import Page, samples_beside
 
 OBJECTIVES = {
     "accuracy": {"reward": "arithmetic_accuracy"},
@@ -115,10 +114,6 @@ class MadeUpRun:
 
 def report(folder: Path) -> Page:
     return Page(write_report(folder))
-
-
-def column_of(page: Page, kind: str, name: str) -> list:
-    return page.islands["samples"][kind]["columns"][name]
 
 
 @pytest.fixture
@@ -212,7 +207,8 @@ def test_staircase_by_hand():
 def test_missing_values_are_missing_and_not_zero(run):
     make_run(run, steps=14, every=3)
     page = report(run)
-    values, reasons = column_of(page, "training", "value/clarity"), column_of(page, "training", "error/clarity")
+    samples = samples_beside(run / "report.html", "training")
+    values, reasons = samples["value/clarity"], samples["error/clarity"]
     missing = [i for i, value in enumerate(values) if value is None]
     assert len(missing) == 14  # 7 of 32 samples, in steps 3 and 10
     assert {reasons[i] for i in missing} == {"judge: HTTP 503 <Service Unavailable>"}
@@ -250,12 +246,13 @@ def test_hostile_text_changes_no_element_and_survives_exactly(tmp_path, standard
     page = report(tmp_path / "<b onclick=alert(1)>&")
     assert page.tags == standard.page.tags
     assert "<b onclick=alert(1)>& builtin:arithmetic" in page.text
-    assert set(column_of(page, "held_out", "text") + column_of(page, "training", "text")) == set(HOSTILE)
+    for kind in ("training", "held_out"):  # and no character of them is left in the scripts beside the page
+        assert set(samples_beside(tmp_path / "<b onclick=alert(1)>&" / "report.html", kind)["text"]) == set(HOSTILE)
 
 
 def test_script_writes_text_only():
     folder = Path(sys.modules["align.report"].__file__).parent / "templates"
-    script = "".join((folder / name).read_text() for name in ("common.js", "report.js"))
+    script = "".join((folder / name).read_text() for name in ("common.js", "figures.js", "samples.js"))
     assert script.count("textContent") > 5
     assert not re.search(r"innerHTML|outerHTML|insertAdjacent|document\.write|eval\(|DOMParser|ContextualFragment", script)
 
@@ -264,50 +261,7 @@ def test_page_asks_for_nothing_from_the_network_and_labels_its_controls(standard
     names, values = zip(*standard.page.attributes, strict=True)
     assert not [name for name in names if name in ("src", "href", "action", "srcset") or name.startswith("on")]
     assert ["http" in value for value in values if value.startswith("default-src 'none'; ")] == [False]
-    assert [standard.page.tags.count(tag) for tag in ("select", "input", "label")] == [7, 2, 9]
-
-
-def test_samples_are_even_over_steps_and_the_prompts_of_evaluations_the_same(run, monkeypatch):
-    monkeypatch.setattr("align.report.MAX_SAMPLES", 48)
-    make_run(run)
-    page = report(run)
-    assert column_of(page, "training", "step") == [step for step in range(1, 13) for _ in range(4)]
-    held_out = list(zip(column_of(page, "held_out", "step"), column_of(page, "held_out", "prompt_id"), strict=True))
-    prompts = [[prompt for s, prompt in held_out if s == step] for step in (0, 4, 8, 12)]
-    assert prompts == [prompts[0]] * 4
-    assert len(set(prompts[0])) == 12
-    texts = [page.islands["samples"]["held_out"]["prompts"][i] for i in column_of(page, "held_out", "prompt")]
-    assert texts == [f"{prompt[1:]}+5-3=?" for _, prompt in held_out]
-    assert re.search(r"48 of 384 training samples are shown, evenly over steps,\s+and 48 of 128 held-out ones", page.text)
-
-
-def test_samples_of_several_processes_come_in_order_of_step(run):
-    make_run(run, steps=25)
-    other = MadeUpRun(config_of(OBJECTIVES, 25, 0), RunFiles(run, 1, list(OBJECTIVES)), 4, ("of rank 1",))
-    for step in range(1, 26):
-        other.train(step)
-    other.files.samples.flush()
-    page = report(run)
-    assert column_of(page, "training", "step") == [step for step in range(1, 26) for _ in range(64)]
-    assert column_of(page, "training", "text").count("of rank 1") == 25 * 32
-
-
-def test_long_texts_thin_the_samples_out(run, monkeypatch):
-    monkeypatch.setattr("align.report.MAX_CHARACTERS", 20_000)
-    make_run(run, texts=("x" * 1000,))
-    page = report(run)
-    steps = column_of(page, "training", "step")
-    assert column_of(page, "training", "text") == ["x" * 1000] * len(steps)
-    assert (steps[0], steps[-1], len(steps)) == (1, 12, 12)  # of the 384, halved until they are at most 20
-
-
-def test_the_sample_files_of_200_steps_make_a_small_page_quickly(run):
-    make_run(run, steps=200, every=20, prompts=16)
-    start = time.process_time()
-    path = write_report(run)
-    assert time.process_time() - start < 3
-    assert path.stat().st_size < 8_000_000
-    assert len(column_of(Page(path), "training", "step")) == MAX_SAMPLES
+    assert [standard.page.tags.count(tag) for tag in ("select", "input", "label")] == [7, 9, 16]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from align.cli import main
 from align.watch import make_server
 from tests.browser import Tab, chromium
+from tests.page import chunk_of
 from tests.test_front_page import made_up
 from tests.test_report import make_run
 
@@ -76,7 +77,24 @@ def test_a_file_that_cannot_be_read_leaves_the_page_as_it_was(world):
 
 
 @pytest.mark.parametrize(
-    "path", ["2/", "0", "0/config.json", "../0/", "0/../../etc/passwd", "-1/", "%2e%2e/", "0/version/", "٣/"]
+    "path",
+    [
+        "2/",
+        "0",
+        "0/config.json",
+        "../0/",
+        "0/../../etc/passwd",
+        "-1/",
+        "%2e%2e/",
+        "0/version/",
+        "٣/",
+        "0/report-samples/",
+        "0/report-samples/training-0-1.js",
+        "0/report-samples/training-0-0",
+        "1/report-samples/training-0-0.js",
+        "0/report-samples/..%2f..%2fconfig.json",
+        "0/samples/shard-000000.rank0.parquet",
+    ],
 )
 def test_nothing_else_is_served(world, path):
     assert ask(world[1] + urllib.request.quote(path, safe="/%."))[0] == 404
@@ -85,6 +103,17 @@ def test_nothing_else_is_served(world, path):
 def test_only_this_machine_may_ask(world):
     assert ask(world[1], Host="evil.example")[0] == 403
     assert ask(world[1], Host=world[1].split("/")[2].replace("127.0.0.1", "localhost"))[0] == 200
+
+
+def test_samples_are_for_the_page_alone(world):
+    """A page elsewhere could otherwise load a chunk as a script of its own, and read it."""
+    script = world[1] + "0/report-samples/training-0-0.js"
+    status, text = ask(script, **{"Sec-Fetch-Site": "same-origin", "Sec-Fetch-Mode": "no-cors"})
+    assert (status, len(chunk_of(text)["step"])) == (200, 384)
+    assert not (world[0] / "run" / "report-samples").exists()
+    for site in ("cross-site", "same-site"):
+        assert ask(script, **{"Sec-Fetch-Site": site, "Sec-Fetch-Mode": "no-cors"})[0] == 403
+    assert ask(world[1], **{"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate"})[0] == 200  # a link
 
 
 def test_what_cannot_be_watched_is_said(world, tmp_path, capsys):
@@ -108,5 +137,7 @@ def test_a_page_loads_itself_until_it_is_touched(world):
         assert tab.page.locator("dd:text-is('14 of 20')").count() == 1
         tab.page.locator("#news button").click()
         tab.page.wait_for_selector("dd:text-is('15 of 20')")
+        tab.wait_until("document.getElementById('position').textContent === '1 to 20 of 384'")
+        tab.wait_until("document.querySelector('.main-svg') !== null", seconds=60)
         assert tab.errors == []
         assert all(url.startswith(address) for url in tab.requests)

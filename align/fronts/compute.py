@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -68,11 +69,7 @@ class Measured:
 
     def raw(self, vector_K: np.ndarray) -> dict[str, float]:
         """A scaled vector in raw units, by name."""
-        found = {}
-        for o, x in zip(self.objectives, vector_K, strict=True):
-            low, high = o.bounds
-            found[o.name] = float(low + (high - low) * (x if o.maximize else 1 - x))
-        return found
+        return {o.name: _raw(o, x) for o, x in zip(self.objectives, vector_K, strict=True)}
 
     def methods(self) -> dict[str, list[np.ndarray]]:
         """Of each method its runs, each the places of its points among the usable policies."""
@@ -134,6 +131,7 @@ def front_of(data: Measured, found: Evaluations, config: Config, seeds: Sequence
                 if a != b
             ],
             "attainment": [row for name, runs in methods.items() for row in _attained(data, yardstick, name, runs)],
+            "attainment_planes": [row for name, runs in methods.items() for row in _planes(data, yardstick, name, runs)],
             "selection_bias": yardstick.selection_bias(),
             "config": config.model_dump(mode="json"),
             "notes": list(notes),
@@ -204,10 +202,30 @@ def _mean(numbers: Sequence[float | None]) -> float | None:
     return None if None in numbers else math.fsum(numbers) / len(numbers)
 
 
+def _raw(o: Objective, x: float) -> float:
+    low, high = o.bounds
+    return float(low + (high - low) * (x if o.maximize else 1 - x))
+
+
 def _attained(data: Measured, yardstick: Yardstick, method: str, runs: Sequence[np.ndarray]) -> list[dict[str, Any]]:
     """What shares of the runs of a method attain: corners of the surfaces, in raw units."""
     fronts = [yardstick.test_BMK[0, front_M] for front_M in fronts_of(yardstick.validation_MK, runs)]
     return [{"method": method, "values": data.raw(v), "share": share} for v, share in attainment(fronts)]
+
+
+def _planes(data: Measured, yardstick: Yardstick, method: str, runs: Sequence[np.ndarray]) -> list[dict[str, Any]]:
+    """The same in every two objectives, whatever the others are: corners of every level, from the least x to the largest."""
+    fronts = [yardstick.test_BMK[0, front_M] for front_M in fronts_of(yardstick.validation_MK, runs)]
+    rows = []
+    for i, j in combinations(range(len(data.objectives)), 2):
+        x, y = data.objectives[i], data.objectives[j]
+        levels: dict[float, list[tuple[float, float]]] = {}
+        for (a, b), share in attainment([front_MK[:, [i, j]] for front_MK in fronts]):
+            levels.setdefault(share, []).append((_raw(x, a), _raw(y, b)))
+        for share, corners in sorted(levels.items()):
+            xs, ys = (list(numbers) for numbers in zip(*sorted(corners), strict=True))
+            rows.append({"method": method, "share": share, "x": x.name, "y": y.name, "xs": xs, "ys": ys})
+    return rows
 
 
 # --- what is to be said -----------------------------------------------------------------------------------------------

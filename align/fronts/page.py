@@ -109,6 +109,8 @@ def _data(front: Mapping[str, Any], objectives: Sequence[Objective], looks: Mapp
         "z": NormalDist().inv_cdf(0.5 + level / 2),
         "looks": looks,
         "points": [{key: p[key] for key in keys} | {"examples": _examples(p, limit)} for p in points],
+        "maximized": {o.name: o.maximize for o in objectives},
+        "planes": front.get("attainment_planes", []),
         "stairs": {part: _stairs(points, part, objectives) for part in PARTS},
         "methods": front["methods"],
     }

@@ -30,3 +30,28 @@ function make(tag, text, className = "") {
   element.className = className;
   return element;
 }
+
+// Plotly takes seconds to read on a slow machine: only once the page is on the screen, and what it waits for has come.
+function withPlotly(waitedFor, draw) {
+  const read = () => {
+    const script = document.createElement("script");
+    script.textContent = document.getElementById("plotly").textContent;
+    document.getElementById("plotly").replaceWith(script);
+    draw();
+  };
+  const afterPaint = () => requestAnimationFrame(() => setTimeout(read));
+  waitedFor.then(afterPaint, afterPaint);
+}
+
+// Draws what is in the window or near it, and everything that is not drawn yet before the page is printed.
+function drawWhenNear(elements, draw) {
+  const observer = new IntersectionObserver((entries) => entries.filter((entry) => entry.isIntersecting).forEach(one), {rootMargin: "100%"});
+  const waiting = new Set(elements);
+  function one({target}) {
+    observer.unobserve(target);
+    if (waiting.delete(target)) draw(target);
+  }
+  waiting.forEach((element) => observer.observe(element));
+  addEventListener("beforeprint", () => [...waiting].forEach((target) => one({target})));
+  return () => elements.filter((element) => !waiting.has(element)).forEach(draw); // draws again what has been drawn
+}

@@ -7,7 +7,9 @@ const curves = document.getElementById("curves");
 const cloud = document.getElementById("cloud");
 const table = document.getElementById("policies");
 const methodsOf = Object.keys(front.looks);
+const finder = document.getElementById("finder");
 const MUTED = "#8a939c";
+const MAX_FOUND = 30; // examples shown at once
 const hidden = new Set(); // methods
 let opened = -1;
 
@@ -75,13 +77,39 @@ function cloudOf(method, x, y, part) {
   };
 }
 
+// What a share of the runs of a method reaches in both axes, measured on test: its border, down to the worst that is shown.
+function surfaceOf(method, x, y, part) {
+  const wanted = axes.elements.attained.value;
+  const levels = front.planes.filter((level) => level.method === method && [x, y].includes(level.x) && [x, y].includes(level.y));
+  const level = {any: levels[0], half: levels.find(({share}) => share >= 0.5 - 1e-9), all: levels.find(({share}) => share > 1 - 1e-9)}[wanted];
+  if (!level || part !== "test" || x === y) return [];
+  const [xs, ys] = level.x === x ? [level.xs, level.ys] : [level.ys, level.xs];
+  const better = (name) => (front.maximized[name] ? 1 : -1);
+  const corners = xs.map((a, i) => [a, ys[i]]).sort((a, b) => better(x) * (a[0] - b[0]));
+  const worst = ([name, own]) => [...points.filter(isShown).map((point) => value(point, name, part)).filter(known), ...own]
+    .reduce((a, b) => (better(name) * (a - b) < 0 ? a : b));
+  const path = [[worst([x, xs]), corners[0][1]]];
+  for (const [a, b] of corners) path.push([path.at(-1)[0], b], [a, b]);
+  path.push([path.at(-1)[0], worst([y, ys])]);
+  return [{
+    type: "scatter",
+    mode: "lines",
+    x: path.map(([a]) => a),
+    y: path.map(([, b]) => b),
+    line: {color: front.looks[method].colour, width: 1.8},
+    hovertext: `${label(method)}: attained by ${plain(100 * level.share)} % of its runs`,
+    hoverinfo: "text",
+  }];
+}
+
 function drawCloud() {
+  if (!window.Plotly) return; // it comes last, and draws everything then
   const [x, y, part] = ["x", "y", "part"].map((name) => axes.elements[name].value);
   const corners = isObjective(x) && isObjective(y) ? front.stairs[part][x][y] : [[], []];
   const stairs = {type: "scatter", mode: "lines", x: corners[0], y: corners[1], hoverinfo: "skip"};
   stairs.line = {color: MUTED, width: 1.5, dash: "dot"};
-  const point = points[opened];
   const ring = {type: "scatter", mode: "markers", x: [], y: [], hoverinfo: "skip", cliponaxis: false};
+  const point = points[opened];
   if (point && isShown(point)) [ring.x, ring.y] = [[value(point, x, part)], [value(point, y, part)]];
   const template = theme(true);
   ring.marker = {symbol: "circle-open", size: 22, color: template.layout.font.color, line: {width: 2}};
@@ -92,7 +120,8 @@ function drawCloud() {
     xaxis: {title: {text: label(front.titles[x] ?? front.costs[x])}},
     yaxis: {title: {text: label(front.titles[y] ?? front.costs[y])}},
   };
-  const traces = [stairs, ...methodsOf.map((method) => cloudOf(method, x, y, part)), ring];
+  const surfaces = methodsOf.filter((method) => !hidden.has(method)).flatMap((method) => surfaceOf(method, x, y, part));
+  const traces = [stairs, ...surfaces, ...methodsOf.map((method) => cloudOf(method, x, y, part)), ring];
   Plotly.react(cloud, traces, layout, {responsive: true, displayModeBar: false});
 }
 
@@ -111,9 +140,12 @@ function setUpAxes() {
     }
     [oldX, oldY] = [x.value, y.value];
     showRows();
+    showExamples();
     drawCloud();
   });
-  axes.addEventListener("submit", (event) => event.preventDefault());
+  document.getElementById("attained").hidden = !front.planes.length;
+  for (const form of [axes, finder]) form.addEventListener("submit", (event) => event.preventDefault());
+  finder.addEventListener("input", showExamples);
 }
 
 // --- one policy ------------------------------------------------------------------------------------------------------
@@ -138,9 +170,7 @@ function show(index) {
   };
   const pairs = Object.entries(details).filter(([, text]) => known(text) && text !== "–");
   document.getElementById("details").replaceChildren(...pairs.flatMap(([name, text]) => [make("dt", name), make("dd", text)]));
-  document.getElementById("examples-title").textContent = `Examples of ${point.id}`;
-  const none = make("p", "No completion was kept.", "note");
-  document.getElementById("examples").replaceChildren(...(point.examples.length ? point.examples.map(example) : [none]));
+  showExamples();
   for (const row of table.tBodies[0].rows) row.classList.toggle("opened", Number(row.dataset.point) === index);
   rove(buttonOf(index));
   place();
@@ -164,8 +194,25 @@ function valueRows(point, name) {
   return [row, share];
 }
 
-function example(kept, i) {
+// Those of the policy that is open, or of all that are shown, where a text is looked for.
+function showExamples() {
+  const wanted = finder.elements.text.value.toLowerCase();
+  const has = (text) => text.toLowerCase().includes(wanted);
+  const some = wanted ? points.filter(isShown) : points.slice(opened, opened + 1);
+  const found = some.flatMap((point) =>
+    point.examples.filter(({prompt, text}) => has(prompt) || has(text)).map((kept) => [kept, wanted ? point.id : ""]),
+  );
+  const none = make("p", wanted ? "No example has this text." : "No completion was kept.", "note");
+  const boxes = found.slice(0, MAX_FOUND).map(([kept, id], i) => example(kept, i, id));
+  document.getElementById("examples").replaceChildren(...(boxes.length ? boxes : [none]));
+  document.getElementById("examples-title").textContent = wanted ? "Examples that have the text" : `Examples of ${points[opened].id}`;
+  const more = found.length > boxes.length ? `, the first ${boxes.length} are shown` : "";
+  document.getElementById("found").textContent = wanted ? `${found.length} found${more}` : "";
+}
+
+function example(kept, i, id) {
   const box = make("div", "");
+  if (id) box.append(make("p", id, "note"));
   for (const [title, text] of [["Prompt", kept.prompt], ["Completion", kept.text]]) {
     const head = make("h4", `${title} ${i + 1}`);
     head.id = `${title}-${i}`;
@@ -338,12 +385,14 @@ function setUpMethods() {
       if (!hidden.delete(method)) hidden.add(method);
       button.setAttribute("aria-pressed", String(!hidden.has(method)));
       showRows();
+      showExamples();
       drawAll();
     }),
   );
 }
 
 function drawMethods() {
+  if (!window.Plotly) return;
   drawForest();
   drawCurve();
 }
@@ -357,8 +406,10 @@ setUpAxes();
 setUpTable();
 setUpMethods();
 showRows();
-drawMethods();
 show(Math.max(0, points.findIndex((point) => point.on_front)));
-cloud.on("plotly_click", ({points: [hit]}) => known(hit.customdata) && show(hit.customdata));
+withPlotly(Promise.resolve(), () => {
+  drawAll();
+  cloud.on("plotly_click", ({points: [hit]}) => known(hit.customdata) && show(hit.customdata));
+});
 dark.addEventListener("change", drawAll);
 narrow.addEventListener("change", drawAll);

@@ -1,0 +1,1 @@
+withPlotly(Promise.resolve(), drawFigures);
