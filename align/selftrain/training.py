@@ -54,22 +54,35 @@ class SelfTraining:
         parts = self.parts
         self._selftrain: SelftrainConfig | None = parts.config.selftrain
         self._said: set[str] = set()
-        self.pooled = 0  # samples in the file of the pool
+        self.pooled = 0  # samples that have joined the file of the pool
         self._drawn = Draw()
         self._term_sums = torch.zeros(2)
         if self._learns_from_pool:
-            seeds = [seed_entry(trusted, len(parts.rules.objectives)) for trusted in parts.sources.seeds]
-            self._pool = Pool(self._selftrain.pool, seeds)
+            self._pool = self._empty_pool()
             self._pool_file = PoolFile(parts.files.pool, parts.config)
 
-    def resume_selftraining(self, duals: Sequence[float]) -> None:
-        """From the file of the pool, cut back already, and the multipliers of a checkpoint."""
+    def _empty_pool(self) -> Pool:
+        """With nothing but seeds in it."""
+        sources, rules = self.parts.sources, self.parts.rules
+        return Pool(self._selftrain.pool, [seed_entry(trusted, len(rules.objectives)) for trusted in sources.seeds])
+
+    def resume_selftraining(self, duals: Sequence[float], pooled: int) -> None:
+        """From the file of the pool, cut back already, and what a checkpoint keeps besides."""
         if self._learns_from_pool:
-            entries = from_main(lambda: list(self._pool_file.read()))
-            self._pool.add(entries)
-            self.pooled = len(entries)
+            self._pool.add(from_main(self._pool_of_file))
+            self.pooled = pooled
             if duals:
                 self._pool.set_duals(self._pool.entries, duals)
+
+    def _pool_of_file(self) -> list[Entry]:
+        pool = self._empty_pool()
+        pool.add(self._pool_file.read())
+        return pool.made
+
+    def cut_down_pool(self, step: int) -> None:
+        """Bound the file of the pool, after a checkpoint; `step` is that of the oldest that a run may go on from."""
+        if self._learns_from_pool:
+            self._pool_file.cut_down(self._empty_pool(), step)
 
     def selftraining_duals(self) -> list[float]:
         """What a checkpoint has to keep besides the file of the pool."""
