@@ -20,8 +20,7 @@ from align.guard import check_imports
 from align.launch import fail, quiet, start, uncollected
 from align.plan import Plan, make_plan
 from align.runfolder import Run, open_run, processes, resume_command, write_folder
-from align.selftrain.filters import reader_of
-from align.selftrain.sources import load_trusted
+from align.selftrain.sources import load_trusted, reader_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -16,7 +16,9 @@ from accelerate.utils import gather_object, reduce
 from tqdm.auto import tqdm
 
 from align.config.selftrain import SelftrainConfig
+from align.missing import left_out
 from align.sampling import pool_seed
+from align.selftrain.choose import Answers
 from align.selftrain.filters import passing
 from align.selftrain.pool import Entry, Pool, PoolFile, seed_entry
 from align.selftrain.rows import Pair
@@ -98,13 +100,12 @@ class SelfTraining:
         """Let what passes join the pool; the advantages of all processes, weighed by prompt."""
         if self._selftrain is None:
             return advantages_PG
-        reader = self.parts.sources.reader
-        answers_PG = [
-            [None if reader is None else reader(sample.text) for sample in group.samples] for group in self._groups
-        ]
-        entropies_P = [np.nan if reader is None else answer_entropy(answers) for answers in answers_PG]
+        rules = self.parts.rules
+        raw_PGK = self._scored.raw_NK.reshape(len(self._groups), rules.group_size, len(rules.objectives))
+        left_out_PG = left_out(raw_PGK, rules.objectives)
+        answers_PG, entropies_P = self._answers(left_out_PG)
         if self._learns_from_pool:
-            self._fill_pool(answers_PG, entropies_P)
+            self._fill_pool(raw_PGK, left_out_PG, answers_PG, entropies_P)
         if self._selftrain.prompts:
             entropies_P = np.array(gather_object(entropies_P))
             seed = pool_seed(self.parts.config, self.state.global_step, _PROMPTS)
@@ -113,11 +114,28 @@ class SelfTraining:
             advantages_PG = advantages_PG * weights.values_n[:, None]
         return advantages_PG
 
-    def _fill_pool(self, answers_PG: Sequence[Sequence[str | None]], entropies_P: Sequence[float]) -> None:
+    def _answers(self, left_out_PG: np.ndarray) -> tuple[Answers, Sequence[float]]:
+        """What each sample of this process answers, and the entropies of the groups, in bits.
+
+        A sample that is left out answers nothing, and counts nowhere. None and NaN where nothing looks at answers.
+        """
+        reader = self.parts.sources.reader
+        if reader is None:
+            return [[None] * len(group.samples) for group in self._groups], [np.nan] * len(self._groups)
+        answers_PG, entropies_P = [], []
+        for group, left_out_G in zip(self._groups, left_out_PG, strict=True):
+            answers_G = [None if out else reader(sample.text) for sample, out in zip(group.samples, left_out_G, strict=True)]
+            kept = [answer for answer, out in zip(answers_G, left_out_G, strict=True) if not out]
+            answers_PG.append(answers_G)
+            entropies_P.append(answer_entropy(kept) if kept else 0.0)
+        return answers_PG, entropies_P
+
+    def _fill_pool(
+        self, raw_PGK: np.ndarray, left_out_PG: np.ndarray, answers_PG: Answers, entropies_P: Sequence[float]
+    ) -> None:
         rules = self.parts.rules
-        raw_PGK = self._scored.raw_NK.reshape(len(self._groups), rules.group_size, len(rules.objectives))
         tokens_PG = np.array([[len(sample.token_ids) for sample in group.samples] for group in self._groups])
-        passed = passing(self._selftrain.filter, rules.objectives, raw_PGK, answers_PG, tokens_PG)
+        passed = passing(self._selftrain.filter, rules.objectives, raw_PGK, left_out_PG, answers_PG, tokens_PG)
         step = self.state.global_step + 1
         entries = [
             _entry(group, g, step, raw_PGK[p], answers_PG[p], entropies_P[p])
