@@ -243,12 +243,13 @@ def test_the_fit_meets_moments_in_their_units_and_leaves_out_what_does_not_hold(
 
 
 def test_a_fit_says_which_moments_it_has_not_reached():
-    """In groups of three the jackknife's bias of 0.9 is so large that no correction reaches it; 2 of 4 it does correct."""
-    for pattern, missed in (([1, 0, 0], ["style 1.34 in the place of 0.9"]), ([1, 1, 0, 0], [])):
-        options = estimator(moments={"style": 0.9})
-        _, figures = fit_control(options, OBJECTIVES[:1], np.array([pattern] * 6, float)[:, :, None])
-        assert figures["fit/gap/style"] == pytest.approx(abs(figures["fit/reached/style"] - 0.9))
-        assert unreached(options, figures) == missed
+    """Eight corrections leave a few millionths of what the jackknife finds missing in groups of four."""
+    for tolerance, count in ((1e-8, 1), (0.01, 0)):
+        options = estimator(moments={"style": 0.6}, fit={"tolerance": tolerance})
+        _, figures = fit_control(options, OBJECTIVES[:1], np.array([[1, 1, 1, 0], [1, 0, 0, 0]] * 6, float)[:, :, None])
+        reached = figures["fit/reached/style"]
+        assert figures["fit/gap/style"] == pytest.approx(abs(reached - 0.6))
+        assert unreached(options, figures) == [f"style {reached:.3g} in the place of 0.6"] * count
 
 
 @pytest.mark.parametrize("normaliser", ["prompt", "batch"])
