@@ -15,6 +15,7 @@ from align.check import check
 from align.config.selftrain import PoolConfig
 from align.load import ConfigError, load_config
 from align.runlog import JsonLines
+from align.sampling import Place, evaluation_params, training_params
 from align.selftrain.pool import Entry, Pool, PoolFile, refuse_other_pool, seed_entry
 from align.selftrain.sources import Trusted
 from tests.conftest import QUICKSTART
@@ -235,6 +236,15 @@ def test_keys_that_contradict_each_other(section, sentence):
     with pytest.raises(ConfigError) as error:
         load_config(QUICKSTART, [f"--selftrain={section}"])
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_samples_of_a_pool_come_with_log_probabilities(engine):
+    asked = [f"--rollout={{engine: {engine}, correction: none}}"]
+    for section, wanted in (("null", False), ("{prompts: [entropy]}", False), ("{term: {}}", True)):
+        config = load_config(QUICKSTART, [*asked, f"--selftrain={section}"])
+        assert training_params(config, 0, Place()).log_probs == wanted
+        assert not evaluation_params(config, Place()).log_probs
 
 
 def test_choices_that_do_not_do_what_they_seem_to():
