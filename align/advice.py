@@ -5,6 +5,8 @@ from align.config import Config, Signal
 from align.config.lagrangian_rules import posed
 from align.config.weighting import Adaptive
 
+SMALL_GROUP = 8  # samples of a prompt below which the fit of `estimator: dpg` is a rough one
+
 
 def advise(config: Config) -> list[str]:
     """Warnings about combinations of keys."""
@@ -157,6 +159,11 @@ def _on_control(config: Config) -> list[str]:
         for name in config.objectives
         if name not in estimator.moments and name not in estimator.always
     ]
+    if estimator.moments and estimator.fit.samples_per_prompt < SMALL_GROUP:
+        warnings.append(
+            f"estimator.fit.samples_per_prompt={estimator.fit.samples_per_prompt}: in groups so small the target that is "
+            f"fitted has moments some hundredths off; take {SMALL_GROUP} or more"
+        )
     if config.combination.type != "sum_then_normalize":
         warnings.append(
             f"estimator.type=dpg does not add objectives up: combination {config.combination.type} has no effect"

@@ -25,7 +25,7 @@ class RunState:
         gram: Inner products of the objectives' gradients (K, K) that wait for the next batch; empty when there are none.
         watch: What the watch for reward hacking remembers, as JSON.
         duals: Multipliers of the samples in the pool, in their order; empty when there are none.
-        pooled: Samples in `pool.jsonl`.
+        pooled: Samples that have passed, and joined `pool.jsonl`.
     """
 
     step: int

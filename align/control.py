@@ -161,6 +161,8 @@ def _tilt(estimator: DpgEstimator, features_NF: np.ndarray, groups_N: np.ndarray
     """The tilt whose jackknifed moments are those wanted: the plain ones of small groups lie below what p really has.
 
     What is asked of `fit_tilt` is moved by what the jackknife finds missing, a few times over, as long as that can be had.
+    In groups of two the jackknifed moment is 2 m - mean phi, so that whole steps would go back and forth for ever: a gap
+    that has turned round, and is still beyond the tolerance, halves those that follow.
     """
     names, moments_F = list(estimator.moments), np.array(list(estimator.moments.values()))
     try:
@@ -170,9 +172,13 @@ def _tilt(estimator: DpgEstimator, features_NF: np.ndarray, groups_N: np.ndarray
             f"estimator.moments cannot be had from what the first policy samples: {error}. Ask for what lies in reach, draw "
             "more samples (estimator.fit), or start from a policy that does it more often"
         ) from error
-    asked_F = moments_F
+    asked_F, length, before_F = moments_F, 1.0, np.zeros_like(moments_F)
     for _ in range(_CORRECTIONS):
-        asked_F = asked_F + moments_F - dpg.jackknifed_moments(tilt.weights_N, features_NF, groups_N)
+        found_F = dpg.jackknifed_moments(tilt.weights_N, features_NF, groups_N)
+        gap_F = (moments_F - found_F) / np.ptp(features_NF, axis=0)
+        if gap_F @ before_F < 0 and np.abs(gap_F).max() > estimator.fit.tolerance:
+            length /= 2
+        asked_F, before_F = asked_F + length * moments_F - length * found_F, gap_F
         try:
             tilt = fit_tilt(features_NF, asked_F, None, estimator.fit.tolerance / 10, groups_N, names)
         except TiltError:

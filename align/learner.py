@@ -30,7 +30,7 @@ with hidden("vllm"):  # TRL has its own use for it, we have not
     from trl.trainer.utils import add_fused_lm_head
 
 from align.archive import ParetoPoint
-from align.checkpoint import STATE_FILE, RunState, checkpoint_name, prune, read_state, write_state
+from align.checkpoint import STATE_FILE, RunState, checkpoint_name, complete_checkpoints, prune, read_state, write_state
 from align.control import ControlError
 from align.controlling import Controlling
 from align.correction import correction_metrics, correction_sums
@@ -242,6 +242,7 @@ class Learner(PolicyAccess, SelfTraining, Probing, Controlling, GRPOTrainer):
             )
             front = {point.step for point in self.parts.archive.front()} if config.checkpoint.keep_front else set()
             prune(self._checkpoints, config.checkpoint.keep, front)
+            self.cut_down_pool(complete_checkpoints(self._checkpoints)[-config.checkpoint.keep :][0][0])
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """TRL's own loading, then what it leaves out."""
@@ -252,7 +253,7 @@ class Learner(PolicyAccess, SelfTraining, Probing, Controlling, GRPOTrainer):
             self._step = state.micro_step
             self.weight_state = WeightState.from_json(state.weighting)
             self._watch = HackingWatch(Memory.from_json(state.watch))
-            self.resume_selftraining(state.duals)
+            self.resume_selftraining(state.duals, state.pooled)
             if state.gram:
                 self._probe.waiting_KK = np.array(state.gram)
             if self._is_mid_batch(self._step):

@@ -62,21 +62,26 @@ def apply_missing(rewards_PGK: np.ndarray, objectives: Sequence[Objective]) -> n
     A neutral value is the mean of its group's other values of that objective, or of the batch's where the group has
     none, or a constant where nobody has one: it then moves no advantage.
     """
-    missing_PGK = np.isnan(rewards_PGK)
-    if not missing_PGK.any():
+    if not np.isnan(rewards_PGK).any():
         return rewards_PGK
-    rewards_PGK = rewards_PGK.copy()
-    left_out_PG = np.zeros(rewards_PGK.shape[:2], dtype=bool)
+    left_out_PG, rewards_PGK = left_out(rewards_PGK, objectives), rewards_PGK.copy()
     for k, objective in enumerate(objectives):
-        missing_PG = missing_PGK[:, :, k]
         if objective.missing is Missing.NEUTRAL:
             rewards_PGK[:, :, k] = _fill(rewards_PGK[:, :, k])
-        elif objective.missing is Missing.DROP_GROUP:
-            left_out_PG |= missing_PG.any(axis=1, keepdims=True)
-        else:
-            left_out_PG |= missing_PG
     rewards_PGK[left_out_PG] = np.nan
     return rewards_PGK
+
+
+def left_out(rewards_PGK: np.ndarray, objectives: Sequence[Objective]) -> np.ndarray:
+    """Mask (P, G) of the samples that the missing-value policies leave out."""
+    left_out_PG = np.zeros(rewards_PGK.shape[:2], dtype=bool)
+    for k, objective in enumerate(objectives):
+        missing_PG = np.isnan(rewards_PGK[:, :, k])
+        if objective.missing is Missing.DROP_GROUP:
+            left_out_PG |= missing_PG.any(axis=1, keepdims=True)
+        elif objective.missing is not Missing.NEUTRAL:
+            left_out_PG |= missing_PG
+    return left_out_PG
 
 
 def _fill(rewards_PG: np.ndarray) -> np.ndarray:

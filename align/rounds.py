@@ -17,8 +17,7 @@ from align.config import Config
 from align.launch import fail, start
 from align.plan import Plan
 from align.runfolder import Run, open_run, resume_command
-from align.selftrain.filters import reader_of
-from align.selftrain.sources import load_trusted
+from align.selftrain.sources import load_trusted, reader_of
 from align.session import Ground, announce, conduct, lay_ground
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ STEPS_PER_SHARD = 20
 
 
 class JsonLines:
-    """An append-only file of JSON objects, each with a `step`."""
+    """A file of JSON objects, each with a `step`, that grows at its end."""
 
     def __init__(self, path: Path):
         self._path = path
@@ -34,14 +34,24 @@ class JsonLines:
 
     def extend(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows at once."""
-        lines = [json.dumps({key: _plain(value) for key, value in row.items()}, allow_nan=False) + "\n" for row in rows]
         with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(lines)
+            file.writelines(map(_line, rows))
 
     @property
     def written(self) -> bool:
         """Whether there is anything in it."""
         return self._path.exists() and self._path.stat().st_size > 0
+
+    def count(self) -> int:
+        """Its lines."""
+        if not self._path.exists():
+            return 0
+        with self._path.open("rb") as file:
+            return sum(1 for _ in file)
+
+    def replace(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Put rows in the place of all, whole or not at all."""
+        replace_text(self._path, "".join(map(_line, rows)))
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """All rows, from the first."""
@@ -59,6 +69,10 @@ class JsonLines:
                 break
             kept.append(line)
         replace_text(self._path, "".join(kept))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps({key: _plain(value) for key, value in row.items()}, allow_nan=False) + "\n"
 
 
 def _plain(value: Any) -> Any:

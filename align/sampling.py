@@ -32,7 +32,7 @@ def training_params(config: Config, step: int, place: Place) -> SamplingParams:
         top_k=rollout.top_k,
         min_p=rollout.min_p,
         repetition_penalty=rollout.repetition_penalty,
-        log_probs=rollout.correction.type != "none" or config.estimator.type == "dpg",
+        log_probs=rollout.correction.type != "none" or config.estimator.type == "dpg" or _fills_pool(config),
         first=place.process * (rollout.prompts_per_batch // place.processes),
         seed=_seed(config.seed, _TRAINING, step, *_of_process(config, place)),
     )
@@ -65,6 +65,11 @@ def evaluation_params(config: Config, place: Place, start: int = 0) -> SamplingP
         stride=place.processes,
         seed=_seed(config.seed, _EVALUATION, *_of_process(config, place), *part),
     )
+
+
+def _fills_pool(config: Config) -> bool:
+    """Whether samples are kept, with the log-probabilities that they were drawn with."""
+    return config.selftrain is not None and config.selftrain.term is not None
 
 
 def pool_seed(config: Config, step: int, use: int) -> int:

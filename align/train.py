@@ -67,7 +67,7 @@ def build(run: Run) -> Built:
         state = read_state(Path(run.checkpoint))
         refuse_other_pool(run.folder, config, state.step, state.pooled)
     elif run.resumed:
-        refuse_other_pool(run.folder, config, 0, 0)
+        refuse_other_pool(run.folder, config, -1, 0)
     bus = build_bus(config, ground.prompts.columns)
     from align.learner import GRPOConfig  # imports TRL: seconds, so after what is quick to refuse
     from align.learner_args import check_sharding, trl_arguments

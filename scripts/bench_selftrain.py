@@ -75,6 +75,7 @@ def measure(cycles: int, kinds: Sequence[str]) -> tuple[dict[str, dict[str, list
             kind = order[state.global_step]
             learner._drawn = Draw()
             learner._selftrain = None if kind == "without" else base
+            learner.rollouts._config = plain if kind == "without" else learner.parts.config  # log-probabilities or none
             learner._pool = Pool(base.pool, []) if kind == "empty" else full
             if kind == "empty":
                 impossible = base.filter.model_copy(update={"at_least": {"accuracy": 2.0}})
@@ -98,6 +99,7 @@ def measure(cycles: int, kinds: Sequence[str]) -> tuple[dict[str, dict[str, list
         run.folder.mkdir()
         learner = build_learner(run, build(run), Schedule(steps + 1, 0, steps + 1), [Turns()])
         base, full = learner.parts.config.selftrain, learner._pool
+        plain = learner.parts.config.model_copy(update={"selftrain": None})
         learner.train()
     return seconds, tokens
 

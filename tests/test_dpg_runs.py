@@ -228,6 +228,11 @@ def test_what_has_no_effect_is_said():
     assert not any("correction" in warning or "weight" in warning for warning in warnings)
 
 
+def test_a_fit_of_tiny_groups_is_advised_against():
+    found = [advise(load_config(QUICKSTART, [*TARGET, f"--estimator.fit.samples_per_prompt={n}"])) for n in (4, 8)]
+    assert [sum("in groups so small" in warning for warning in warnings) for warnings in found] == [1, 0]
+
+
 def test_a_target_out_of_reach_ends_the_run_before_it_begins(launch, tmp_path):
     never = '--objectives={never: {reward: regex_match, args: {pattern: "no"}}}'
     more = (never, *TARGET[1:], *SHORT, "--weighting.weights={never: 1}", "--estimator.moments={never: 0.5}")

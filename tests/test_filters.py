@@ -8,8 +8,8 @@ import pytest
 
 from align.config.selftrain import FilterConfig, SelftrainConfig
 from align.load import ConfigError, load_config
-from align.selftrain.filters import best_of_group, in_majority, passing, reader_of
-from align.selftrain.sources import load_trusted
+from align.selftrain.filters import best_of_group, in_majority, passing
+from align.selftrain.sources import load_sources, load_trusted, reader_of
 from align.selftrain.tilt import TiltError
 from align.selftrain.weigh import Material, weigh, weigh_prompts
 from align.selftrain.weights import WeightsError
@@ -17,16 +17,18 @@ from rewards.types import Missing, Objective
 from tests.conftest import ROOT
 
 ROUNDS = str(ROOT / "configs" / "rounds.yaml")
+SELFTRAIN = str(ROOT / "configs" / "selftrain.yaml")
 NAN = np.nan
 OBJECTIVES = [Objective("right", True, (0, 1), Missing.FAIL), Objective("length", False, (0, 20), Missing.FAIL)]
 RAW = np.array([[[1, 5], [1, 12], [0, 3], [NAN, 1]], [[0, 9], [0, 9], [1, 9], [1, NAN]]])  # (P, G, K) = (2, 4, 2)
 ANSWERS = [["7", "7", "5", None], ["1", "2", "2", "1"]]
 TOKENS = np.ones((2, 4), int)
+NONE_OUT = np.zeros((2, 4), bool)
 
 
 def filtered(**rules) -> tuple[list, dict]:
-    passed = passing(FilterConfig(**rules), OBJECTIVES, RAW, ANSWERS, TOKENS)
-    assert passed.failed.pop("has tokens") == 0
+    passed = passing(FilterConfig(**rules), OBJECTIVES, RAW, NONE_OUT, ANSWERS, TOKENS)
+    assert passed.failed.pop("has tokens") == passed.failed.pop("has all values") == 0
     return passed.right_PG.astype(int).tolist(), passed.failed
 
 
@@ -40,9 +42,20 @@ def test_nothing_asked_lets_all_pass():
 
 
 def test_a_sample_without_tokens_never_passes():
-    passed = passing(FilterConfig(), OBJECTIVES, RAW, ANSWERS, np.array([[0, 3, 1, 1], [2, 0, 0, 9]]))
+    passed = passing(FilterConfig(), OBJECTIVES, RAW, NONE_OUT, ANSWERS, np.array([[0, 3, 1, 1], [2, 0, 0, 9]]))
     assert passed.right_PG.astype(int).tolist() == [[0, 1, 1, 1], [1, 0, 0, 1]]
-    assert passed.failed == {"has tokens": 3}
+    assert passed.failed == {"has tokens": 3, "has all values": 0}
+
+
+def test_a_sample_that_is_left_out_never_passes_and_beats_no_other():
+    out = NONE_OUT.copy()
+    out[0, 0] = out[1, 2] = True
+    passed = passing(FilterConfig(), OBJECTIVES, RAW, out, ANSWERS, TOKENS)
+    assert passed.right_PG.astype(int).tolist() == [[0, 1, 1, 1], [1, 1, 0, 1]]
+    assert passed.failed == {"has tokens": 0, "has all values": 2}
+    # Without (1, 5) and (1, 9) nothing beats (1, 12), and the two (0, 9) are alike; one without a value is out as before.
+    passed = passing(FilterConfig(nondominated=True), OBJECTIVES, RAW, out, ANSWERS, TOKENS)
+    assert passed.right_PG.astype(int).tolist() == [[0, 1, 1, 0], [1, 1, 0, 0]]
 
 
 def test_the_majority():
@@ -218,6 +231,22 @@ def test_answers_need_a_reward_that_reads_them():
     with pytest.raises(ValueError, match=r"entropy looks at answers, and no objective's reward reads them"):
         reader_of(load_config(ROUNDS, brief))
     assert reader_of(load_config(ROUNDS, [*brief, "--selftrain.weights=uniform"])) is None
+
+
+@pytest.mark.parametrize(
+    ("section", "reads"),
+    [
+        ("weights: []", False),
+        ("weights: [{type: loss}], prompts: [uniform]", False),
+        ("weights: [entropy, shuffled]", True),
+        ("prompts: [entropy]", True),
+        ("filter: {majority: true}", True),
+        ("answers: accuracy", True),
+    ],
+)
+def test_training_reads_answers_where_something_looks_at_them(section, reads):
+    config = load_config(SELFTRAIN, [f"--selftrain={{term: {{}}, {section}}}"])
+    assert (load_sources(config, Letters(), 0, 99).reader is not None) == reads
 
 
 @pytest.mark.parametrize(

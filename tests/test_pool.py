@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from align.advice import advise
@@ -15,6 +15,7 @@ from align.check import check
 from align.config.selftrain import PoolConfig
 from align.load import ConfigError, load_config
 from align.runlog import JsonLines
+from align.sampling import Place, evaluation_params, training_params
 from align.selftrain.pool import Entry, Pool, PoolFile, refuse_other_pool, seed_entry
 from align.selftrain.sources import Trusted
 from tests.conftest import QUICKSTART
@@ -24,7 +25,9 @@ NAN = math.nan
 
 def entry(prompt: str, token: int, step: int = 1) -> Entry:
     values = (1.0, NAN, 0.25)
-    return Entry(prompt, (5, 6), (token, 256), f"text {token}", step, step - 1, values, NAN, "7", 0.1 + 0.2, (0.5, NAN, 0.5))
+    return Entry(
+        prompt, (ord(prompt), 6), (token, 256), f"text {token}", step, step - 1, values, NAN, "7", 0.1 + 0.2, (0.5, NAN, 0.5)
+    )
 
 
 def names(pool: Pool) -> list[str]:
@@ -49,6 +52,16 @@ def test_seeds_stay_and_do_not_count():
     pool.add([entry("a", 1), entry("b", 1)])
     assert (names(pool), len(pool)) == (["seed x9", "b1"], 2)
     assert all(math.isnan(value) for value in (*seed.values_K, seed.entropy, seed.log_prob))
+
+
+def test_what_makes_two_samples_one_are_their_tokens():
+    again = replace(entry("a", 1, step=2), prompt="a in another row of the data")
+    seed = seed_entry(Trusted("seed 1", "s", ([ord("b"), 6], [7, 256])), 3)
+    pool = Pool(PoolConfig(per_prompt=2), [seed, replace(seed, prompt="seed 2")])
+    pool.add([entry("a", 1), again, entry("b", 7), entry("b", 8)])
+    assert names(pool) == ["seed 27", "a in another row of the data1", "b8"]  # b7 is there, as a seed
+    pool.add([entry("a", 2), entry("a", 3)])  # three of one prompt, whatever it is called
+    assert names(pool)[2:] == ["a2", "a3"]
 
 
 def test_multipliers_go_with_their_samples():
@@ -119,6 +132,52 @@ def test_the_file_gives_the_pool_again_and_is_cut_back(tmp_path):
     assert (tmp_path / "pool.jsonl").read_text().count("objectives") == 1
 
 
+QUICK = load_config(QUICKSTART, [])
+
+
+@settings(max_examples=25)
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 4)), min_size=30, max_size=60), st.integers(0, 12))
+def test_a_file_that_is_cut_down_gives_the_same_pool(tmp_path_factory, added, cut_at):
+    path = tmp_path_factory.mktemp("pool") / "pool.jsonl"
+    config, rules = QUICK, PoolConfig(size=5, per_prompt=2)
+    seeds = [replace(entry("a", 1), prompt="seed 1")]
+    entries = [entry(*sample, step=1 + i // 5) for i, sample in enumerate(added)]
+    lines = JsonLines(path)
+    file, last = PoolFile(lines, config), entries[-1].step
+
+    def pool_at(step: int) -> list[str]:
+        pool = Pool(rules, seeds)
+        pool.add(e for e in file.read() if e.step <= step)
+        return as_text(pool.entries)
+
+    file.append(entries)
+    before = [pool_at(step) for step in range(last + 1)]
+    file.cut_down(Pool(rules, seeds), cut_at)
+    assert [pool_at(step) for step in range(cut_at, last + 1)] == before[cut_at:]
+    earlier = sum(e.step <= cut_at for e in entries)
+    assert lines.count() <= 1 + min(5, earlier) + len(entries) - earlier
+    if cut_at <= last:
+        refuse_other_pool(path.parent, config, last, len(entries))  # it accounts for what it has no more
+        text = path.read_text()
+        file.cut_down(Pool(rules, seeds), cut_at)
+        assert path.read_text() == text
+    if cut_at:
+        with pytest.raises(ValueError, match=f"cut down to what goes on from step {cut_at} or later, and the checkpoint is"):
+            refuse_other_pool(path.parent, config, cut_at - 1, 0)
+    refuse_other_pool(path.parent, config, -1, 0)
+    lines.truncate(-1)
+    file.append(entries[:1])
+    refuse_other_pool(path.parent, config, 1, 1)  # begun anew, it has all
+
+
+def test_a_small_file_stays_whole(tmp_path):
+    file = PoolFile(lines := JsonLines(tmp_path / "pool.jsonl"), QUICK)
+    for count, kept in ((20, 20), (1, 1)):  # 4 x 5 lines, and one more: of all of them the last is left
+        file.append([entry("a", 1)] * count)
+        file.cut_down(Pool(PoolConfig(size=5), []), 1)
+        assert lines.count() == 1 + kept
+
+
 def test_a_pool_of_another_run_is_refused(tmp_path):
     config = load_config(QUICKSTART, [])
     refuse_other_pool(tmp_path, config, 0, 0)
@@ -139,7 +198,7 @@ def test_a_pool_that_is_not_whole_is_refused(tmp_path):
     PoolFile(JsonLines(path), config).append([entry("a", 1), entry("b", 2), entry("c", 3, step=3)])
     refuse_other_pool(tmp_path, config, 2, 2)  # the third is of a later step
     whole = path.read_text()
-    lost = r"pool.jsonl: of 2 samples that the pool had at step 2 it holds {}: restore the file, or begin a new run"
+    lost = r"pool.jsonl: of 2 samples that had passed at step 2 it accounts for {}: restore the file, or begin a new run"
     lines = whole.splitlines(keepends=True)
     for text, held in (("".join(lines[:2]), 1), ("".join([*lines[:2], lines[2][:9]]), 1), (lines[0], 0), ("", 0)):
         path.write_text(text)
@@ -177,6 +236,15 @@ def test_keys_that_contradict_each_other(section, sentence):
     with pytest.raises(ConfigError) as error:
         load_config(QUICKSTART, [f"--selftrain={section}"])
     assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+def test_samples_of_a_pool_come_with_log_probabilities(engine):
+    asked = [f"--rollout={{engine: {engine}, correction: none}}"]
+    for section, wanted in (("null", False), ("{prompts: [entropy]}", False), ("{term: {}}", True)):
+        config = load_config(QUICKSTART, [*asked, f"--selftrain={section}"])
+        assert training_params(config, 0, Place()).log_probs == wanted
+        assert not evaluation_params(config, Place()).log_probs
 
 
 def test_choices_that_do_not_do_what_they_seem_to():

@@ -28,6 +28,13 @@ MID_BATCH = (
 LAST = "{step: 6, weights: {accuracy: 0, brevity: 1, clarity: 0}}"
 KL = (*RUN, "--trl.beta=0.05", "--weighting.type=schedule", f"--weighting.milestones=[{LAST}]")
 
+CUT_DOWN = (*MID_BATCH, "--selftrain.pool.size=2")  # so small that its file is cut down on the way
+DPG = (
+    *RUN, '--objectives={one_step: {reward: regex_match, args: {pattern: "[^;]*;[^;]*"}}}',
+    "--weighting={type: fixed, weights: {one_step: 1}}", "--estimator={type: dpg, moments: {one_step: 0.5}, "
+    "normaliser: batch, proposal: adaptive, every: 2, fit: {prompts: 16, samples_per_prompt: 16}}",
+)  # fmt: skip
+
 
 def starter(processes: int) -> type[subprocess.Popen]:
     """Several processes are started by the launchers that users have, and one without importing."""
@@ -121,6 +128,23 @@ def test_killed_in_two_processes(tmp_path, straight, step):
     result = resume(folder, processes=2)
     assert result.returncode == 0, result.stderr
     assert_equal(straight(RUN, 2), folder)
+
+
+@pytest.mark.parametrize("more", [CUT_DOWN, DPG], ids=["in the middle of a batch, self-training", "dpg"])
+def test_two_processes_go_on_from_an_older_checkpoint(launch, tmp_path, more):
+    straight, folder = tmp_path / "straight", tmp_path / "run"
+    result = launch("align.train", *overrides(straight, *more, "--checkpoint.keep=2"), processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    shutil.copytree(straight, folder)
+    (folder / "checkpoints" / "checkpoint-8" / "paretune.json").unlink()
+    result = launch("align.train", "--resume", str(folder), processes=2)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "checkpoint-6" in result.stdout
+    assert_equal(straight, folder)
+    if more == CUT_DOWN:
+        head, *rows = read_lines(folder / "pool.jsonl")
+        assert head["since"] == 3
+        assert sum(row["step"] <= 3 for row in rows) == 2  # the pool as it was then
 
 
 @pytest.mark.parametrize("older", [True, False], ids=["for an older one", "for the start"])

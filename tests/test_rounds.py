@@ -23,6 +23,7 @@ from align.rounds import rounds
 from align.sampling import round_seed
 from align.selftrain import round as round_module
 from align.train import train
+from tests import rounds_run
 from tests.conftest import QUICKSTART, ROOT, environment, read_lines
 
 CONFIG = str(ROOT / "configs" / "rounds.yaml")
@@ -172,6 +173,25 @@ def test_sharded_processes_follow_plain_ones(launch, tmp_path):
     samples = pq.read_table(tmp_path / "ddp" / "samples").to_pylist()
     assert len(samples) == 2 * 8 * 4
     assert len({s["prompt_id"] for s in samples}) == 16
+
+
+def test_two_processes_train_as_one(launch, tmp_path):
+    """On the same samples: several steps of SFT, and one of KTO, whose divergence is of a micro-batch of all processes."""
+    rounds_run.main(str(tmp_path / "one"), [])
+    result = launch("tests.rounds_run", str(tmp_path / "two"), processes=2)
+    assert result.stdout.count("went through the rounds") == 2, result.stderr[-3000:]
+    start = load_file(ROOT / "align" / "policies" / "arithmetic" / "model.safetensors")
+    for method, steps in (("sft", 2), ("kto", 1)):
+        folders = [tmp_path / f"{name}.{method}" for name in ("one", "two")]
+        (a,), (b,) = (read_lines(folder / "metrics.jsonl") for folder in folders)
+        assert a["rounds/steps"] == b["rounds/steps"] == steps
+        assert 0 < a["rounds/kept"] < 1
+        assert a["rounds/ess"] < 0.99
+        assert a == pytest.approx(b, rel=1e-4)
+        one, two = (weights_of(folder, 1) for folder in folders)
+        moved = max(np.abs(one[name] - tensor.numpy()).max() for name, tensor in start.items())
+        gap = max(np.abs(one[name] - two[name]).max() for name in one)
+        assert gap < 1e-3 * moved
 
 
 # --- what cannot be run -------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -202,6 +203,38 @@ def test_everything_passes_and_there_is_one_answer(make_learner, capsys, tmp_pat
     for row in read_lines(tmp_path / "run" / "metrics.jsonl"):
         assert (row["selftrain/kept"], row["selftrain/entropy"], row["selftrain/ess"]) == (1, 0, 1)
         assert row["selftrain/prompts_weight_max"] == 1
+
+
+def fickle(text: str) -> float | None:
+    """A reward that says nothing of some texts."""
+    return None if zlib.crc32(text.encode()) % 6 == 0 else 1.0
+
+
+@pytest.mark.parametrize("missing", ["drop_sample", "drop_group"])
+def test_what_the_learner_leaves_out_does_not_join_the_pool(make_learner, tmp_path, missing):
+    """The filter does not name the objective that some have no value of. And what the sampler says of the others is kept."""
+    objectives = {
+        "accuracy": {"reward": "arithmetic_accuracy"},
+        "fickle": {"reward": "tests.test_selftrain_runs:fickle", "missing": missing},
+    }
+    more = ("--weighting={type: fixed, weights: {accuracy: 1, fickle: 1}}", "--steps=1", "--evaluation.every=0")
+    section = "--selftrain={weights: [entropy], term: {samples: 8}}"
+    learner = make_learner(f"--objectives={json.dumps(objectives)}", section, *more)
+    model = policy()
+    learner.train()
+    entries, wanted = learner._pool.entries, 0
+    for group in learner._groups:
+        judged = [sample for sample in group.samples if fickle(sample.text)]
+        kept = judged if missing == "drop_sample" or len(judged) == 4 else []
+        ours = [entry for entry in entries if entry.prompt == group.prompt.id]
+        assert {entry.completion_ids for entry in ours} == {sample.token_ids for sample in kept}
+        entropy = answer_entropy([learner.parts.sources.reader(sample.text) for sample in judged])
+        assert all(entry.entropy == entropy for entry in ours)
+        wanted += len(kept)
+    assert 0 < wanted < 16
+    assert [entry.log_prob for entry in entries] == pytest.approx(
+        [-nats(model, entry.pair).item() for entry in entries], 1e-4
+    )
 
 
 def test_weights_that_collapse_or_cannot_be_had_are_equal(make_learner, capsys, tmp_path):

@@ -12,6 +12,7 @@ from align.launch import quiet
 from align.learner_args import tuner_arguments
 from align.load import load_config
 from align.plan import make_plan
+from align.selftrain import policy_copy
 from align.selftrain.choose import mismatched
 from align.selftrain.policy_copy import PolicyCopy
 from align.selftrain.tuners import WeightedDPO, WeightedKTO, WeightedSFT, fine_tune, tuner_config
@@ -157,7 +158,10 @@ def test_micro_batches_make_no_difference(method, tmp_path):
         torch.testing.assert_close(weights[2][name], tensor, rtol=0, atol=1e-5 * max(1, float(moved)))
 
 
-def test_the_policy_scores_as_a_loop_does():
+@pytest.mark.parametrize("at_once", [policy_copy.TOKENS, 3, 1])
+def test_the_policy_scores_as_a_loop_does(monkeypatch, at_once):
+    """However many tokens have their logits worked on at once."""
+    monkeypatch.setattr(policy_copy, "TOKENS", at_once)
     config = load_config(ROUNDS)
     policy = PolicyCopy(config, tokenizer(), 4)
     policy.load(POLICY)
@@ -165,3 +169,4 @@ def test_the_policy_scores_as_a_loop_does():
     with torch.no_grad():
         expected = [log_prob(policy.model, p, c).item() for p, c in zip(PROMPTS, WRONG, strict=True)]
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert policy.score(EQUAL_LENGTH).shape == (N, 3)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from rollout.client import Server
 from tests import forks
 from tests.conftest import ROOT, command, environment, overrides, read_lines
+from tests.test_dpg_runs import TARGET
 from tests.test_rounds import CONFIG as ROUNDS
 from tests.test_rounds import TINY
 
@@ -144,6 +145,22 @@ def test_rounds_of_self_training_sample_on_servers(tmp_path, on_servers):
     assert [row["step"] for row in trained] == [1, 2]
     assert max(row["sync/gap_max"] for row in trained) < 1e-3
     assert [point["step"] for point in read_lines(tmp_path / "run" / "archive.jsonl")] == [0, 1, 2]
+
+
+def test_distributional_control_knows_what_the_servers_drew_from(launch, tmp_path, on_servers):
+    succeeded(launch("align.train", *overrides(tmp_path / "run", *TARGET, "--steps=2", "--evaluation.every=0", *on_servers)))
+    first, second = rows(tmp_path / "run")
+    assert first["dpg/fit/reached/one_step"] == pytest.approx(0.5, abs=0.01)
+    for row in (first, second):
+        assert row["sync/gap_max"] < 1e-3
+        assert 0 < row["dpg/ess"] < 1
+        assert row["dpg/kl_target_policy"] > 0
+    assert first["dpg/kl_policy_reference"] == pytest.approx(
+        0, abs=1e-4
+    )  # the policy is the reference, as servers compute it
+    advantages = np.array([row["advantage"] for row in samples_of(tmp_path / "run")]).reshape(-1, 4)
+    assert np.abs(advantages.sum(axis=1)).max() < 1e-2  # w has mean one, and r is one
+    assert np.abs(advantages).max() > 0.1
 
 
 def sharded(stage: int, folder: Path) -> str:

@@ -154,7 +154,8 @@ class SelftrainConfig(Section):
 
     filter: FilterConfig = FilterConfig()
     answers: Name | None = None
-    """Objective whose reward reads the answers of `filter.majority`, entropies and pairs; by default the first that does."""
+    """Objective whose reward reads the answers of `filter.majority`, entropies and pairs; by default the first that does.
+    In training they are read where one of these looks at them, or this names one."""
     weights: Annotated[list[AnyWeights], BeforeValidator(_as_list)] = []
     """Of samples, multiplied with one another; none are equal ones."""
     cap: float = Field(10.0, ge=1)
@@ -165,3 +166,9 @@ class SelftrainConfig(Section):
     term: TermConfig | None = None
     prompts: Annotated[list[AnyPromptWeights], BeforeValidator(_as_list)] = []
     """Of the prompts of a batch, multiplied with one another and with the advantages of their samples; mean one."""
+
+    @property
+    def reads_answers(self) -> bool:
+        """Whether training reads answers, which is slow for some rewards: something looks at them, or `answers` says so."""
+        entropies = any(weights.type == "entropy" for weights in (*self.weights, *self.prompts))
+        return self.answers is not None or self.filter.majority or entropies

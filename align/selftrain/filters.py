@@ -1,4 +1,4 @@
-"""Which samples pass the filter of self-training. Pure functions, but for finding what reads answers."""
+"""Which samples pass the filter of self-training. Pure functions."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from align.config import Config
 from align.config.selftrain import FilterConfig
 from align.pareto import nondominated
 from align.selftrain.choose import Answers
-from rewards.answers import Reader, answer_reader
 from rewards.types import Objective
 
 
@@ -28,18 +26,25 @@ class Passed:
 
 
 def passing(
-    rules: FilterConfig, objectives: Sequence[Objective], raw_PGK: np.ndarray, answers_PG: Answers, tokens_PG: np.ndarray
+    rules: FilterConfig,
+    objectives: Sequence[Objective],
+    raw_PGK: np.ndarray,
+    left_out_PG: np.ndarray,
+    answers_PG: Answers,
+    tokens_PG: np.ndarray,
 ) -> Passed:
-    """Samples that meet every condition, and have tokens to learn from.
+    """Samples that meet every condition, have tokens to learn from, and are not left out.
 
     Args:
         rules: The conditions.
         objectives: K of them.
         raw_PGK: Values in raw units; NaN where missing, which meets no condition on it.
-        answers_PG: For the majority.
+        left_out_PG: Mask of the samples that the missing-value policies leave out.
+        answers_PG: For the majority; None of samples that are left out.
         tokens_PG: Length of each sample.
     """
     column = {objective.name: k for k, objective in enumerate(objectives)}
+    raw_PGK = np.where(left_out_PG[:, :, None], np.nan, raw_PGK)
     met = {f"{name} at_least {least:g}": raw_PGK[:, :, column[name]] >= least for name, least in rules.at_least.items()}
     met |= {f"{name} at_most {most:g}": raw_PGK[:, :, column[name]] <= most for name, most in rules.at_most.items()}
     if rules.majority:
@@ -48,6 +53,7 @@ def passing(
         values_PGK = np.stack([o.scale(raw_PGK[:, :, k]) for k, o in enumerate(objectives)], axis=2)
         met["nondominated"] = np.array([best_of_group(values_GK) for values_GK in values_PGK])
     met["has tokens"] = np.asarray(tokens_PG) > 0
+    met["has all values"] = ~left_out_PG
     right_PG = np.logical_and.reduce(list(met.values()))
     return Passed(right_PG, {name: int((~mask_PG).sum()) for name, mask_PG in met.items()})
 
@@ -66,26 +72,3 @@ def best_of_group(values_GK: np.ndarray) -> np.ndarray:
     if complete_G.any():
         best_G[complete_G] = nondominated(values_GK[complete_G])
     return best_G
-
-
-def reader_of(config: Config) -> Reader | None:
-    """What finds the answer of a completion.
-
-    Raises:
-        ValueError: `selftrain.answers` names a reward that reads none, or a key needs answers and no reward reads any.
-    """
-    section = config.selftrain
-    named = {section.answers: config.objectives[section.answers]} if section.answers else config.objectives
-    for objective in named.values():
-        reader = answer_reader(objective.reward, objective.args)
-        if reader is not None:
-            return reader
-    readers = "arithmetic_accuracy, exact_match, math_answer and numeric_answer do"
-    if section.answers:
-        raise ValueError(f"selftrain.answers: the reward of {section.answers!r} reads no answers; {readers}")
-    needs = ["selftrain.filter.majority"] if section.filter.majority else []
-    for key, entries in (("weights", section.weights), ("prompts", section.prompts)):
-        needs += [f"selftrain.{key}: entropy" for weights in entries if weights.type == "entropy"]
-    if needs:
-        raise ValueError(f"{needs[0]} looks at answers, and no objective's reward reads them; {readers}")
-    return None

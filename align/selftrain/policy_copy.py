@@ -21,6 +21,7 @@ from align.loaded import end_tokens, load_model
 from align.policy import sampler_dtype
 from align.weights import describe_weights, named_weights
 
+TOKENS = 128  # whose logits are worked on at once
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -100,6 +101,18 @@ class PolicyCopy:
         mask = torch.tensor([[1] * len(s) + [0] * (width - len(s)) for s in sequences], device=self.accelerator.device)
         kind = _AUTOCAST.get(self.accelerator.mixed_precision)
         with torch.autocast(self.accelerator.device.type, dtype=kind) if kind else nullcontext():
-            logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-        log_probs = -torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-        return [row[: len(s) - 1] for row, s in zip(log_probs.double().tolist(), sequences, strict=True)]
+            logits = self.model(input_ids=tokens, attention_mask=mask, use_cache=False).logits
+        return [
+            _of_tokens(rows[: len(s) - 1], tokens[i, 1 : len(s)])
+            for i, (rows, s) in enumerate(zip(logits, sequences, strict=True))
+        ]
+
+
+def _of_tokens(logits_TV: torch.Tensor, tokens_T: torch.Tensor) -> list[float]:
+    """Their log-probabilities, nats, worked out in float32 for a few tokens at a time: a vocabulary may be large."""
+    found: list[float] = []
+    for start in range(0, len(tokens_T), TOKENS):
+        part = slice(start, start + TOKENS)
+        losses = torch.nn.functional.cross_entropy(logits_TV[part].float(), tokens_T[part], reduction="none")
+        found += (-losses).double().tolist()
+    return found

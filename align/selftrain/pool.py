@@ -1,12 +1,13 @@
 """The pool of self-made samples that passed, the same in every process, and its file `pool.jsonl`. Imports no torch.
 
 The file has a line of head, then a line for every sample that passed, in the order in which they did. Reading it from the
-start gives the pool again: what was pushed out is pushed out again.
+start gives the pool again: what was pushed out is pushed out again. A file that has grown to several times what a pool
+holds is cut down after a checkpoint: the pool as it was then takes the place of all that led to it, and gives the same.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ from align.selftrain.sources import Trusted
 
 POOL_FILE = "pool.jsonl"
 FIRST_DUAL = 1.0
-_HEAD = -1  # its step: no run goes back behind it
+TIMES = 4  # lines of the file, in sizes of the pool, beyond which it is cut down
+_HEAD = 0  # its step: it goes when a run begins anew
 _NAN = math.nan
 
-Key = tuple[str, tuple[int, ...]]
+Key = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +61,8 @@ class Entry:
 
     @property
     def key(self) -> Key:
-        """What makes two entries one: prompt and completion."""
-        return self.prompt, self.completion_ids
+        """What makes two entries one: the tokens of prompt and completion, whatever row of the data they come from."""
+        return self.prompt_ids, self.completion_ids
 
     @property
     def pair(self) -> Pair:
@@ -87,8 +89,13 @@ class Pool:
         self._rules = rules
         self._seeds = {entry.key: entry for entry in seeds}
         self._made: dict[Key, Entry] = {}
-        self._of_prompt: dict[str, dict[Key, None]] = {}
+        self._of_prompt: dict[tuple[int, ...], dict[Key, None]] = {}
         self._duals: dict[Key, float] = {}
+
+    @property
+    def size(self) -> int:
+        """Most samples that it holds, besides seeds."""
+        return self._rules.size
 
     def __len__(self) -> int:
         return len(self._seeds) + len(self._made)
@@ -98,10 +105,18 @@ class Pool:
         """Seeds, then samples by age, the oldest first."""
         return [*self._seeds.values(), *self._made.values()]
 
-    def add(self, entries: Sequence[Entry]) -> None:
-        """Take in samples, one after the other. One that is here already becomes the newest, with its new values."""
+    @property
+    def made(self) -> list[Entry]:
+        """Samples by age, the oldest first."""
+        return list(self._made.values())
+
+    def add(self, entries: Iterable[Entry]) -> None:
+        """Take in samples, one after the other. One that is here already becomes the newest, with its new values; one that
+        equals a seed adds nothing."""
         for entry in entries:
-            of_prompt = self._of_prompt.setdefault(entry.prompt, {})
+            if entry.key in self._seeds:
+                continue
+            of_prompt = self._of_prompt.setdefault(entry.prompt_ids, {})
             if entry.key in self._made:
                 del self._made[entry.key], of_prompt[entry.key]
             self._made[entry.key] = entry
@@ -156,10 +171,25 @@ class PoolFile:
         self._lines.extend([*head, *(_row(entry, self._names) for entry in entries)])
 
     def read(self) -> Iterator[Entry]:
-        """All that passed, in order."""
+        """All samples that are still in it, in order."""
         for row in self._lines.rows():
             if row["step"] != _HEAD:
                 yield _entry(row, self._names)
+
+    def cut_down(self, pool: Pool, step: int) -> None:
+        """Put a pool in the place of all up to the step at which it was so, where the file has grown too large.
+
+        Args:
+            pool: An empty one, with the bounds and seeds of the run's: what it is to hold is read from the file.
+            step: The earliest that a run may go on from.
+        """
+        if self._lines.count() <= TIMES * pool.size + 1:
+            return
+        head, *rows = self._lines.rows()
+        later = [row for row in rows if row["step"] > step]
+        pool.add(_entry(row, self._names) for row in rows[: len(rows) - len(later)])
+        kept = [*(_row(entry, self._names) for entry in pool.made), *later]
+        self._lines.replace([{**head, "since": step, "dropped": head["dropped"] + len(rows) - len(kept)}, *kept])
 
 
 def refuse_other_pool(folder: Path, config: Config, step: int, pooled: int) -> None:
@@ -168,27 +198,33 @@ def refuse_other_pool(folder: Path, config: Config, step: int, pooled: int) -> N
     Args:
         folder: Of the run.
         config: Of the run.
-        step: That it goes on from.
-        pooled: Samples that the pool had then.
+        step: That it goes on from; below 0 from the start, with an empty pool.
+        pooled: Samples that had passed by then.
     """
     path = folder / POOL_FILE
     way_out = "restore the file, or begin a new run"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    if lines and lines[0].endswith("\n"):  # else it was cut off while it was begun
-        _refuse_other_head(path, lines[0], config, way_out)
+    whole = [line for line in lines if line.endswith("\n")]
+    since, dropped = _head_of(path, whole[0], config, way_out) if whole else (0, 0)  # else cut off while it was begun
     try:
-        steps = [json.loads(line)["step"] for line in lines if line.endswith("\n")]
+        steps = [json.loads(line)["step"] for line in whole]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: there is a line that is no sample: {way_out}") from error
-    found = sum(_HEAD < at <= step for at in steps)
+    if 0 <= step < since:
+        raise ValueError(
+            f"{path}: this pool was cut down to what goes on from step {since} or later, and the checkpoint is of step "
+            f"{step}: restore the file of that time, or begin a new run"
+        )
+    found = dropped + sum(_HEAD < at <= step for at in steps)
     if found < pooled:
-        raise ValueError(f"{path}: of {pooled} samples that the pool had at step {step} it holds {found}: {way_out}")
+        raise ValueError(f"{path}: of {pooled} samples that had passed at step {step} it accounts for {found}: {way_out}")
 
 
-def _refuse_other_head(path: Path, line: str, config: Config, way_out: str) -> None:
+def _head_of(path: Path, line: str, config: Config, way_out: str) -> tuple[int, int]:
+    """Step since which the file has all that passed, and how many samples it has no more. Raises ValueError."""
     try:
         head = json.loads(line)
-        objectives, fingerprint = head["objectives"], head["config"]
+        objectives, fingerprint, *counts = (head[key] for key in ("objectives", "config", "since", "dropped"))
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: the first line does not say what made this pool: {way_out}") from error
     if objectives != list(config.objectives):
@@ -198,10 +234,12 @@ def _refuse_other_head(path: Path, line: str, config: Config, way_out: str) -> N
         )
     if fingerprint != config.fingerprint():
         raise ValueError(f"{path}: this pool was written by another configuration than that of {path.parent}: {way_out}")
+    return counts[0], counts[1]
 
 
 def _head(config: Config) -> dict[str, Any]:
-    return {"step": _HEAD, "objectives": list(config.objectives), "config": config.fingerprint()}
+    head = {"step": _HEAD, "objectives": list(config.objectives), "config": config.fingerprint()}
+    return {**head, "since": 0, "dropped": 0}
 
 
 def _row(entry: Entry, names: Sequence[str]) -> dict[str, Any]:

@@ -343,11 +343,10 @@ def _of_kept(answers: Sequence[str | None], raw_GK: np.ndarray) -> list[str | No
 
 
 def _passed(config: Config, batch: Batch) -> Passed:
-    """What passes the filter; no sample that is left out does, whatever the filter asks."""
+    """What passes the filter."""
     tokens_PG = np.array([[len(sample.token_ids) for sample in group.samples] for group in batch.groups])
-    passed = passing(config.selftrain.filter, objectives_of(config), batch.raw_PGK, batch.answers_PG, tokens_PG)
-    failed = passed.failed | {"has all values": int(batch.left_out_PG.sum())}
-    return Passed(passed.right_PG & ~batch.left_out_PG, failed)
+    objectives, rules = objectives_of(config), config.selftrain.filter
+    return passing(rules, objectives, batch.raw_PGK, batch.left_out_PG, batch.answers_PG, tokens_PG)
 
 
 def _why_nothing(method: str, passed: Passed) -> str:

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from align.config import Config
-from align.selftrain.filters import reader_of
 from align.selftrain.rows import Pair
-from rewards.answers import Reader
+from rewards.answers import Reader, answer_reader
 from rollout.prompts import Rendering, Tokenizer, render_prompts, rows_of_file
 
 
@@ -26,7 +25,7 @@ class Sources:
     """What self-training needs besides the run itself; empty without.
 
     Args:
-        reader: Finds the answer of a completion; None where no reward reads any.
+        reader: Finds the answer of a completion; None where nothing looks at answers.
         trusted: Tokens of trusted samples, by the file that weights name.
         seeds: Trusted samples that are in the pool from the start.
     """
@@ -51,10 +50,34 @@ def load_sources(config: Config, tokenizer: Tokenizer, end: int, context: int) -
     section = config.selftrain
     if section is None:
         return Sources()
-    reader, trusted = reader_of(config), load_trusted(config, tokenizer, end, context)
+    reader = reader_of(config) if section.reads_answers else None
+    trusted = load_trusted(config, tokenizer, end, context)
     if not section.pool.seeds:
         return Sources(reader, trusted)
     return Sources(reader, trusted, _samples("selftrain.pool.seeds", section.pool.seeds, config, tokenizer, end, context))
+
+
+def reader_of(config: Config) -> Reader | None:
+    """What finds the answer of a completion.
+
+    Raises:
+        ValueError: `selftrain.answers` names a reward that reads none, or a key needs answers and no reward reads any.
+    """
+    section = config.selftrain
+    named = {section.answers: config.objectives[section.answers]} if section.answers else config.objectives
+    for objective in named.values():
+        reader = answer_reader(objective.reward, objective.args)
+        if reader is not None:
+            return reader
+    readers = "arithmetic_accuracy, exact_match, math_answer and numeric_answer do"
+    if section.answers:
+        raise ValueError(f"selftrain.answers: the reward of {section.answers!r} reads no answers; {readers}")
+    needs = ["selftrain.filter.majority"] if section.filter.majority else []
+    for key, entries in (("weights", section.weights), ("prompts", section.prompts)):
+        needs += [f"selftrain.{key}: entropy" for weights in entries if weights.type == "entropy"]
+    if needs:
+        raise ValueError(f"{needs[0]} looks at answers, and no objective's reward reads them; {readers}")
+    return None
 
 
 def load_trusted(config: Config, tokenizer: Tokenizer, end: int, context: int) -> dict[str, list[Pair]]:

@@ -16,7 +16,9 @@ from accelerate.utils import gather_object, reduce
 from tqdm.auto import tqdm
 
 from align.config.selftrain import SelftrainConfig
+from align.missing import left_out
 from align.sampling import pool_seed
+from align.selftrain.choose import Answers
 from align.selftrain.filters import passing
 from align.selftrain.pool import Entry, Pool, PoolFile, seed_entry
 from align.selftrain.rows import Pair
@@ -54,22 +56,35 @@ class SelfTraining:
         parts = self.parts
         self._selftrain: SelftrainConfig | None = parts.config.selftrain
         self._said: set[str] = set()
-        self.pooled = 0  # samples in the file of the pool
+        self.pooled = 0  # samples that have joined the file of the pool
         self._drawn = Draw()
         self._term_sums = torch.zeros(2)
         if self._learns_from_pool:
-            seeds = [seed_entry(trusted, len(parts.rules.objectives)) for trusted in parts.sources.seeds]
-            self._pool = Pool(self._selftrain.pool, seeds)
+            self._pool = self._empty_pool()
             self._pool_file = PoolFile(parts.files.pool, parts.config)
 
-    def resume_selftraining(self, duals: Sequence[float]) -> None:
-        """From the file of the pool, cut back already, and the multipliers of a checkpoint."""
+    def _empty_pool(self) -> Pool:
+        """With nothing but seeds in it."""
+        sources, rules = self.parts.sources, self.parts.rules
+        return Pool(self._selftrain.pool, [seed_entry(trusted, len(rules.objectives)) for trusted in sources.seeds])
+
+    def resume_selftraining(self, duals: Sequence[float], pooled: int) -> None:
+        """From the file of the pool, cut back already, and what a checkpoint keeps besides."""
         if self._learns_from_pool:
-            entries = from_main(lambda: list(self._pool_file.read()))
-            self._pool.add(entries)
-            self.pooled = len(entries)
+            self._pool.add(from_main(self._pool_of_file))
+            self.pooled = pooled
             if duals:
                 self._pool.set_duals(self._pool.entries, duals)
+
+    def _pool_of_file(self) -> list[Entry]:
+        pool = self._empty_pool()
+        pool.add(self._pool_file.read())
+        return pool.made
+
+    def cut_down_pool(self, step: int) -> None:
+        """Bound the file of the pool, after a checkpoint; `step` is that of the oldest that a run may go on from."""
+        if self._learns_from_pool:
+            self._pool_file.cut_down(self._empty_pool(), step)
 
     def selftraining_duals(self) -> list[float]:
         """What a checkpoint has to keep besides the file of the pool."""
@@ -85,13 +100,12 @@ class SelfTraining:
         """Let what passes join the pool; the advantages of all processes, weighed by prompt."""
         if self._selftrain is None:
             return advantages_PG
-        reader = self.parts.sources.reader
-        answers_PG = [
-            [None if reader is None else reader(sample.text) for sample in group.samples] for group in self._groups
-        ]
-        entropies_P = [np.nan if reader is None else answer_entropy(answers) for answers in answers_PG]
+        rules = self.parts.rules
+        raw_PGK = self._scored.raw_NK.reshape(len(self._groups), rules.group_size, len(rules.objectives))
+        left_out_PG = left_out(raw_PGK, rules.objectives)
+        answers_PG, entropies_P = self._answers(left_out_PG)
         if self._learns_from_pool:
-            self._fill_pool(answers_PG, entropies_P)
+            self._fill_pool(raw_PGK, left_out_PG, answers_PG, entropies_P)
         if self._selftrain.prompts:
             entropies_P = np.array(gather_object(entropies_P))
             seed = pool_seed(self.parts.config, self.state.global_step, _PROMPTS)
@@ -100,11 +114,28 @@ class SelfTraining:
             advantages_PG = advantages_PG * weights.values_n[:, None]
         return advantages_PG
 
-    def _fill_pool(self, answers_PG: Sequence[Sequence[str | None]], entropies_P: Sequence[float]) -> None:
+    def _answers(self, left_out_PG: np.ndarray) -> tuple[Answers, Sequence[float]]:
+        """What each sample of this process answers, and the entropies of the groups, in bits.
+
+        A sample that is left out answers nothing, and counts nowhere. None and NaN where nothing looks at answers.
+        """
+        reader = self.parts.sources.reader
+        if reader is None:
+            return [[None] * len(group.samples) for group in self._groups], [np.nan] * len(self._groups)
+        answers_PG, entropies_P = [], []
+        for group, left_out_G in zip(self._groups, left_out_PG, strict=True):
+            answers_G = [None if out else reader(sample.text) for sample, out in zip(group.samples, left_out_G, strict=True)]
+            kept = [answer for answer, out in zip(answers_G, left_out_G, strict=True) if not out]
+            answers_PG.append(answers_G)
+            entropies_P.append(answer_entropy(kept) if kept else 0.0)
+        return answers_PG, entropies_P
+
+    def _fill_pool(
+        self, raw_PGK: np.ndarray, left_out_PG: np.ndarray, answers_PG: Answers, entropies_P: Sequence[float]
+    ) -> None:
         rules = self.parts.rules
-        raw_PGK = self._scored.raw_NK.reshape(len(self._groups), rules.group_size, len(rules.objectives))
         tokens_PG = np.array([[len(sample.token_ids) for sample in group.samples] for group in self._groups])
-        passed = passing(self._selftrain.filter, rules.objectives, raw_PGK, answers_PG, tokens_PG)
+        passed = passing(self._selftrain.filter, rules.objectives, raw_PGK, left_out_PG, answers_PG, tokens_PG)
         step = self.state.global_step + 1
         entries = [
             _entry(group, g, step, raw_PGK[p], answers_PG[p], entropies_P[p])
