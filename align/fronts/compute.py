@@ -146,8 +146,9 @@ def _objective(o: Objective, config: Config) -> dict[str, Any]:
 
 
 def _tidy(name: str, interval: Interval) -> Interval:
-    """A hypervolume is a share."""
-    return Interval(*(float(np.clip(x, 0, 1)) for x in vars(interval).values())) if name == "hypervolume" else interval
+    """Within what the indicator can be: a hypervolume is a share, IGD+ a distance."""
+    low, high = {"hypervolume": (0.0, 1.0), "igd_plus": (0.0, math.inf)}.get(name, (-math.inf, math.inf))
+    return Interval(*(float(np.clip(x, low, high)) for x in vars(interval).values()))
 
 
 def _point(c: Candidate, evaluated: Evaluated, objectives: Sequence[Objective]) -> dict[str, Any]:
@@ -194,7 +195,7 @@ def _row(yardstick: Yardstick, runs: Sequence[np.ndarray], step: int | None, lat
         {"step": step}
         | {x: _mean([getattr(c, x) for c in latest]) for x in XS}
         | {"hypervolume": volume.mean, "low": volume.low, "high": volume.high}
-        | {name: asdict(interval) for name, interval in found.items()}
+        | {name: asdict(_tidy(name, interval)) for name, interval in found.items()}
     )
 
 
