@@ -56,6 +56,8 @@ def hostile(front) -> dict:
     points = [dict(p) for p in made_up(HOSTILE)["points"]]
     for i, point in enumerate(points):
         point |= {"id": f"{i}{HOSTILE[i % 3]}", "path": HOSTILE[i % 5], "run": HOSTILE[1]}
+        if point["method"] == points[-1]["method"]:  # as merged models are
+            point |= {"weights": {f"runs/a{HOSTILE[0]}": 0.25, "runs/b": 0.75}}
     return {**front, "points": points, "notes": list(HOSTILE)}
 
 
@@ -229,6 +231,10 @@ def test_axes_sorting_and_clicks(tab, hostile):
     assert tab.page.locator("#values tr").first.locator("td").all_inner_texts()[:2] == [
         f"{value:.3f}", f"{value - 1.959964 * error:.3f} to {value + 1.959964 * error:.3f}",
     ]  # fmt: skip
+    merged = tab.page.locator("#details dt", has_text="merged").count()
+    assert merged == (points[index]["method"] == points[-1]["method"])
+    if merged:
+        assert f"0.25 of runs/a{HOSTILE[0]} + 0.75 of runs/b" in tab.page.locator("#details").inner_text()
     tab.page.select_option("#curves [name=indicator]", "igd_plus")
     assert tab.text("#curve .ytitle") == "IGD+"
     assert tab.errors == []

@@ -39,8 +39,14 @@ function hover(point) {
     const range = known(mean) ? `${figures(mean, name)} (${interval(point, name)})` : "missing";
     return `${label(name)}: ${range}${known(weight) ? `, weight ${plain(weight)}` : ""}`;
   });
-  const [name, ...where] = new Set([point.id, point.method, point.path]);
+  const [name, ...where] = new Set([point.id, point.method, point.path, ...parents(point)]);
   return [`<b>${label(shorten(name))}</b>`, ...where.map((text) => label(shorten(text))), ...measured].join("<br>");
+}
+
+// Of a merged model: its coefficients, with what they are of.
+function parents(point) {
+  const of = Object.entries(point.weights).filter(([name]) => !front.names.includes(name));
+  return of.map(([name, weight]) => `${plain(weight)} of ${name}`);
 }
 
 const shorten = (text) => (text.length > 60 ? `${text.slice(0, 20)}…${text.slice(-38)}` : text);
@@ -162,6 +168,7 @@ function show(index) {
   const details = {
     run: point.run || null,
     path: point.path,
+    merged: parents(point).join(" + ") || null,
     step: plain(point.step),
     seed: known(point.seed) ? String(point.seed) : null,
     samples: plain(point.samples),
