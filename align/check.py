@@ -22,7 +22,7 @@ from align.build import (
     locate_policy,
     objectives_of,
 )
-from align.config import Config, describe, describe_domains, describe_sampling
+from align.config import Config, describe, describe_domains, describe_sampling, describe_selftrain
 from align.engine import check_engine
 from align.load import load_config
 from align.plan import Plan, make_plan
@@ -76,11 +76,12 @@ def _describe(config: Config, plan: Plan) -> str:
     """The arithmetic, the sampling, and what decides what is learned."""
     rollout, rounds = config.rollout, config.rounds
     sampling = f"sampling:  {describe_sampling(rollout)}"
+    selftrain = "".join(f"\nselftrain: {line}" for line in describe_selftrain(config))
     if rounds is not None:
         return (
             f"rounds: {rounds.count}, each of {rounds.prompts} prompts x {rollout.samples_per_prompt} samples = "
             f"{plan.samples_per_batch}; {rounds.method}, {plan.processes} process(es) x {plan.accumulation} pass(es) of "
-            f"{plan.micro_batch_size} per update\n{sampling}"
+            f"{plan.micro_batch_size} per update\n{sampling}{selftrain}"
         )
     domains = "".join(f"\ndomains: {line}" for line in describe_domains(config))
     return (
@@ -90,7 +91,7 @@ def _describe(config: Config, plan: Plan) -> str:
         f"run:   {config.steps} steps = {plan.batches} batches, {plan.prompts} prompts, "
         f"{plan.samples_by(config.steps)} samples\n"
         f"{sampling}\n"
-        f"weighting: {describe(config)}{domains}"
+        f"weighting: {describe(config)}{domains}{selftrain}"
     )
 
 

@@ -145,6 +145,8 @@ def _report(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from align.report_compare import write_comparison
 
     first, *others = map(Path, options.folders)
+    if others and Path(options.output).suffix != ".html":
+        raise ValueError(f"--output {options.output}: name the page of a comparison, as in {options.output}.html")
     print(write_comparison([first, *others], Path(options.output)) if others else write_report(first))
     return 0
 

@@ -83,7 +83,8 @@ def read_config(folder: Path) -> Config:
     file = folder / "config.json"
     advice = "give the folder that the key `output` of a run named, for example runs/quickstart"
     if not file.is_file():
-        raise ValueError(f"{folder} is not a run folder: it has no config.json; {advice}")
+        what = "it has no config.json" if folder.is_dir() else "there is no such folder"
+        raise ValueError(f"{folder} is not a run folder: {what}; {advice}")
     try:
         return load_config(str(file))
     except ValueError as error:

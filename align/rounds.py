@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from align.build import build_bus, objectives_of
 from align.checkpoint import read_state
-from align.config import Config
+from align.config import Config, describe_selftrain
 from align.launch import fail, start
 from align.plan import Plan
 from align.runfolder import Run, open_run, resume_command
@@ -150,6 +150,7 @@ def _said(config: Config, plan: Plan) -> list[str]:
     section = config.rounds
     return [
         f"rounds     {section.count} of {section.prompts} prompts x {config.rollout.samples_per_prompt} samples",
+        *(f"selftrain  {line}" for line in describe_selftrain(config)),
         f"tuning     {section.method}, {section.epochs} pass(es), {section.batch_size} per update: "
         f"{plan.processes} process(es) x {plan.accumulation} x {plan.micro_batch_size}",
     ]

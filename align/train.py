@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from align.build import build_bus, objectives_of
 from align.checkpoint import read_state
-from align.config import Config, describe, describe_domains
+from align.config import Config, describe, describe_domains, describe_selftrain
 from align.config.lagrangian_rules import constraint_kinds
 from align.launch import fail, start
 from align.plan import Plan, Schedule
@@ -182,6 +182,7 @@ def _said(config: Config, plan: Plan) -> list[str]:
         f"{plan.processes} process(es) x {plan.accumulation} x {plan.micro_batch_size} per update",
         f"weighting  {describe(config)}",
         *(f"domains    {line}" for line in describe_domains(config)),
+        *(f"selftrain  {line}" for line in describe_selftrain(config)),
         f"learner    {config.estimator.type}, {config.combination.type}, {config.steps} steps",
     ]
 

@@ -17,7 +17,7 @@ from tests.conftest import QUICKSTART, ROOT
 
 def paretune(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
     code = "import sys; from align.cli import main; status = main(); print('torch' in sys.modules); sys.exit(status)"
-    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", code, *arguments], cwd=cwd, capture_output=True, text=True, timeout=180)
 
 
 def cpu_seconds(*arguments: str) -> float:
@@ -67,6 +67,18 @@ def test_who_stops_reading_gets_no_traceback(arguments, unbuffered):
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 1 or (arguments, unbuffered) == (["--help"], "1")  # which argparse passes over
+
+
+def test_check_says_what_self_training_does():
+    found = paretune("check", "configs/selftrain.yaml", "--selftrain.weights=[entropy, shuffled]", cwd=ROOT).stdout
+    wanted = "accuracy at least 1; weights entropy x shuffled; a term of 32 samples times 0.1; prompts by entropy"
+    assert f"selftrain: of {wanted}\n" in found
+
+
+def test_a_comparison_is_a_page(tmp_path: Path):
+    result = paretune("report", "a", "b", "--output", "both", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "--output both: name the page of a comparison, as in both.html" in result.stderr
 
 
 def test_check_plans_for_several_processes():

@@ -40,6 +40,11 @@ def test_preferences_by_hand():
     assert choose(data, wish(data, prefer="accuracy=1")).values["tokens"].mean == pytest.approx(180)
 
 
+def test_policies_that_are_the_same_share_what_they_are_best_in():
+    data = known([(0.9, 180), (0.9, 180), (0.2, 20)])
+    assert choose(data, wish(data, prefer="accuracy=1")).best == {0: 0.5, 1: 0.5, 2: 0}
+
+
 def test_bounds_by_hand():
     data = known([(0.9, 180), (0.6, 100), (0.2, 20)])
     assert choose(data, wish(data, at_least="accuracy=.5", minimize="tokens")).index == 1

@@ -6,6 +6,7 @@ from align.config.rollout_rules import describe_sampling
 from align.config.rules import describe, describe_domains
 from align.config.run import Config
 from align.config.sections import ObjectiveConfig, PlainSource, ScoringConfig, Served
+from align.config.selftrain_rules import describe_selftrain
 from align.config.weighting import Signal, WeightingConfig
 
 __all__ = [
@@ -22,4 +23,5 @@ __all__ = [
     "describe",
     "describe_domains",
     "describe_sampling",
+    "describe_selftrain",
 ]

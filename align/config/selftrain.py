@@ -20,6 +20,12 @@ class FilterConfig(Section):
     """Be one that no sample of its prompt beats in one objective without losing in another."""
 
     @property
+    def thresholds(self) -> list[tuple[str, float, str]]:
+        """Objective, value, and which side of it."""
+        sides = {"at least": self.at_least, "at most": self.at_most}
+        return [(name, value, side) for side, table in sides.items() for name, value in table.items()]
+
+    @property
     def asks(self) -> bool:
         """Whether there is anything to meet."""
         return bool(self.at_least or self.at_most or self.majority or self.nondominated)

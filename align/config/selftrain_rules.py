@@ -10,6 +10,25 @@ OF_VALUES = ("entropy", "trajectory", "tilt")  # weights that look at what trust
 OF_THE_TERM = ("filter", "weights", "pool")
 
 
+def describe_selftrain(config: Keys) -> list[str]:
+    """What self-training keeps and how it weighs that, in one line; none without it."""
+    section = config.selftrain
+    if section is None:
+        return []
+    kept = [f"{name} {word} {x:g}" for name, x, word in section.filter.thresholds]
+    kept += [word for word in ("majority", "nondominated") if getattr(section.filter, word)]
+    parts = [f"of {', '.join(kept) or 'all samples'}", f"weights {_types(section.weights)}"]
+    if section.term:
+        parts.append(f"a term of {section.term.samples} samples times {section.term.coefficient:g}")
+    if section.prompts:
+        parts.append(f"prompts by {_types(section.prompts)}")
+    return ["; ".join(parts)]
+
+
+def _types(entries: Sequence[AnyWeights | AnyPromptWeights]) -> str:
+    return " x ".join(entry.type for entry in entries) or "equal"
+
+
 def selftrain_problems(config: Keys) -> list[str]:
     """Everything about self-training that cannot be run as it stands."""
     section = config.selftrain
@@ -91,7 +110,7 @@ def _entries(key: str, entries: Sequence[AnyWeights | AnyPromptWeights]) -> list
     for i, weights in enumerate(entries):
         if weights.type == "shuffled" and i + 1 < len(entries):
             problems.append(f"{key}[{i}]: shuffled deals out the weights of the others: put it last")
-        if weights.type == "shuffled" and i == 0:
+        elif weights.type == "shuffled" and i == 0:
             problems.append(f"{key}[{i}]: there are no other weights to shuffle: put some before it, or take uniform")
     return problems
 

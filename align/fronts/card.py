@@ -1,6 +1,7 @@
 """The model card of a chosen policy."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -45,7 +46,7 @@ def model_card(front: Mapping[str, Any], data: Measured, choice: Choice, wish: W
         yaml.safe_dump(head, sort_keys=False).strip(),
         "---",
         "",
-        f"# {point['id']}",
+        f"# {Path(point['id']).name}",
         "",
         f"Chosen by Paretune {__version__} from {len(front['points'])} policies, {wish.text()}.",
         "",

@@ -115,9 +115,14 @@ def choose(data: Measured, wish: Wish) -> Choice:
         index=int(usable_M[place]),
         utility=seed_interval(utility_BM[:, [place]], prompts),
         values={o.name: seed_interval(test_BMK[:, [place], k], prompts) for k, o in enumerate(data.objectives)},
-        best={int(m): float(share) for m, share in zip(usable_M, best_BM.mean(axis=0), strict=True)},
+        best={int(m): float(share) for m, share in zip(usable_M, _shares(best_BM), strict=True)},
         satisfies=float(keeps_BM[1:, place].mean()),
     )
+
+
+def _shares(best_BM: np.ndarray) -> np.ndarray:
+    """Share (M,) of the resamples in which each policy is the best; those that are equally good share one."""
+    return (best_BM / np.maximum(best_BM.sum(axis=1, keepdims=True), 1)).mean(axis=0)
 
 
 def _utility(raw_XMK: np.ndarray, wish: Wish, data: Measured) -> np.ndarray:

@@ -111,6 +111,8 @@ def table_of(front: Mapping[str, Any]) -> str:
         "",
         *_table(["method", "runs", *INDICATOR_NAMES.values()], methods),
         "",
+        "Of IGD+ and epsilon, which are distances to the front of all policies, smaller is better.",
+        "",
         *_dominance(front),
         f"The front chosen on validation has a hypervolume of {_number(bias['hypervolume_on_validation'])} on test. "
         f"Choosing on test would have reported {_number(bias['hypervolume_on_test'])}, with a bias of about "

@@ -245,7 +245,7 @@ def _head(config: Config) -> dict[str, Any]:
 def _row(entry: Entry, names: Sequence[str]) -> dict[str, Any]:
     return {
         "step": entry.step,
-        "prompt": entry.prompt,
+        "prompt_id": entry.prompt,
         "text": entry.text,
         "policy_version": entry.version,
         "values": _nulls(names, entry.values_K),
@@ -260,7 +260,7 @@ def _row(entry: Entry, names: Sequence[str]) -> dict[str, Any]:
 
 def _entry(row: Mapping[str, Any], names: Sequence[str]) -> Entry:
     return Entry(
-        row["prompt"],
+        row["prompt_id"],
         tuple(row["prompt_ids"]),
         tuple(row["completion_ids"]),
         row["text"],
