@@ -1,6 +1,7 @@
 """`paretune front` and `paretune pick` from the command line, the choice by hand, and folders that are ready to load."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,11 @@ def test_preferences_by_hand():
 def test_policies_that_are_the_same_share_what_they_are_best_in():
     data = known([(0.9, 180), (0.9, 180), (0.2, 20)])
     assert choose(data, wish(data, prefer="accuracy=1")).best == {0: 0.5, 1: 0.5, 2: 0}
+    # of three that are equally good two are one policy, under two names: a half for it, a half for the other
+    data = known([(0.9, 180), (0.9, 180), (0.9, 180), (0.2, 20)])
+    again = [replace(c, path="path/0") if c.id == "1" else c for c in data.candidates]
+    choice = choose(replace(data, candidates=again), wish(data, prefer="accuracy=1"))
+    assert choice.best == {0: 0.5, 1: 0.5, 2: 0.5, 3: 0}
 
 
 def test_bounds_by_hand():

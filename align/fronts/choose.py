@@ -110,19 +110,24 @@ def choose(data: Measured, wish: Wish) -> Choice:
     utility_BM, keeps_BM = _utility(test_BMK, wish, data), _excess(test_BMK, wish, data) <= 0
     suits_BM = np.where(keeps_BM, utility_BM, -np.inf)[1:]
     best_BM = (suits_BM >= suits_BM.max(axis=1, keepdims=True) - 1e-12) & np.isfinite(suits_BM)
-    prompts = data.test_MPK.shape[1]
+    prompts, paths = data.test_MPK.shape[1], [data.candidates[m].path for m in usable_M]
     return Choice(
         index=int(usable_M[place]),
         utility=seed_interval(utility_BM[:, [place]], prompts),
         values={o.name: seed_interval(test_BMK[:, [place], k], prompts) for k, o in enumerate(data.objectives)},
-        best={int(m): float(share) for m, share in zip(usable_M, _shares(best_BM), strict=True)},
+        best={int(m): float(share) for m, share in zip(usable_M, _shares(best_BM, paths), strict=True)},
         satisfies=float(keeps_BM[1:, place].mean()),
     )
 
 
-def _shares(best_BM: np.ndarray) -> np.ndarray:
-    """Share (M,) of the resamples in which each policy is the best; those that are equally good share one."""
-    return (best_BM / np.maximum(best_BM.sum(axis=1, keepdims=True), 1)).mean(axis=0)
+def _shares(best_BM: np.ndarray, paths: Sequence[str]) -> np.ndarray:
+    """Share (M,) of the resamples in which each policy is the best.
+
+    Policies that are equally good share a resample. Those of one path are one, as the first of all runs is.
+    """
+    same_MM = np.equal.outer(np.array(paths), np.array(paths))
+    votes_BM = best_BM / same_MM.sum(axis=0)
+    return (votes_BM / np.maximum(votes_BM.sum(axis=1, keepdims=True), 1e-12)).mean(axis=0) @ same_MM
 
 
 def _utility(raw_XMK: np.ndarray, wish: Wish, data: Measured) -> np.ndarray:
