@@ -16,7 +16,7 @@ from align.checkpoint import read_state
 from align.config import Config, describe_selftrain
 from align.launch import fail, start
 from align.plan import Plan
-from align.runfolder import Run, open_run, resume_command
+from align.runfolder import Run, open_run
 from align.selftrain.sources import load_trusted, reader_of
 from align.session import Ground, announce, conduct, lay_ground
 
@@ -118,7 +118,7 @@ def rounds_done(run: Run) -> int:
     return read_state(Path(run.checkpoint)).step if run.checkpoint else 0
 
 
-def _run(run: Run, built: Built) -> int:
+def _run(run: Run, built: Built, go_on: str) -> int:
     from accelerate import PartialState
 
     from align.missing import MissingRewardError
@@ -135,7 +135,7 @@ def _run(run: Run, built: Built) -> int:
             for number in range(done + 1, config.rounds.count + 1):
                 all_rounds.run(number)
     except (RoundError, MissingRewardError, RolloutError) as error:
-        return fail(error, f"Whole rounds are kept: mend it, then {resume_command(run)}")
+        return fail(error, f"Whole rounds are kept: mend it, then {go_on}")
     finally:
         built.bus.close()
     if state.is_main_process:

@@ -52,13 +52,13 @@ def lay_ground(config: Config) -> Ground:
     return Ground(model, tokenizer, context, prompts, plan)
 
 
-def conduct(opened: Callable[[], Run], build: Callable[[Run], Built], act: Callable[[Run, Built], int]) -> int:
+def conduct(opened: Callable[[], Run], build: Callable[[Run], Built], act: Callable[[Run, Built, str], int]) -> int:
     """Take a run from its configuration to its end; problems that can be known are said before weights are loaded.
 
     Args:
         opened: Finds the run; raises ValueError.
         build: Makes what needs no weights; raises ValueError.
-        act: Loads the weights and runs; gives the exit status.
+        act: Loads the weights and runs; is given the command that goes on with the run, and gives the exit status.
 
     Returns:
         The exit status.
@@ -78,7 +78,7 @@ def conduct(opened: Callable[[], Run], build: Callable[[Run], Built], act: Calla
 
     go_on = resume_command(run)  # now: Ctrl-C ends the launcher before us
     try:
-        status = act(run, built)
+        status = act(run, built, go_on)
     except KeyboardInterrupt:
         return fail(KeyboardInterrupt("interrupted"), f"It goes on by {go_on}", status=130)
     PartialState().wait_for_everyone()  # launchers end all processes when the first one is gone

@@ -16,7 +16,7 @@ from align.config import Config, describe, describe_domains, describe_selftrain
 from align.config.lagrangian_rules import constraint_kinds
 from align.launch import fail, start
 from align.plan import Plan, Schedule
-from align.runfolder import Run, open_run, processes, resume_command
+from align.runfolder import Run, open_run, processes
 from align.selftrain.pool import refuse_other_pool
 from align.selftrain.sources import Sources, load_sources
 from align.session import Ground, announce, conduct, lay_ground
@@ -128,7 +128,7 @@ def build_learner(
 # --- run --------------------------------------------------------------------------------------------------------------
 
 
-def _run(run: Run, built: Built) -> int:
+def _run(run: Run, built: Built, go_on: str) -> int:
     from accelerate import PartialState
 
     from align.callbacks import ProgressCallback, ScheduleCallback, StopSignal
@@ -138,7 +138,6 @@ def _run(run: Run, built: Built) -> int:
     from rollout.sampler import RolloutError
 
     config, state = run.config, PartialState()
-    go_on = resume_command(run)  # now: Ctrl-C ends the launcher before us
     announce(run, built.ground, _said(config, built.ground.plan))
     schedule = Schedule(config.steps, config.evaluation.every, config.checkpoint.every)
     stop = StopSignal()
